@@ -1,0 +1,23 @@
+"""Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
+
+from moe_compile.config import OptimizeConfig
+from moe_compile.optimize import explain, optimize, report
+from moe_compile.passes import PIPELINE
+from moe_compile.report import Report
+from moe_compile.rewrite.pattern import Match, Pattern
+from moe_compile.rewrite.pipeline import Pass, Pipeline
+from moe_compile.rewrite.refuse import Refuse
+
+__all__ = [
+    "PIPELINE",
+    "Match",
+    "OptimizeConfig",
+    "Pass",
+    "Pattern",
+    "Pipeline",
+    "Refuse",
+    "Report",
+    "explain",
+    "optimize",
+    "report",
+]

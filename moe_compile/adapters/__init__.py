@@ -1,0 +1,1 @@
+"""The only files that know another library's private or configurable names."""

@@ -1,0 +1,112 @@
+"""Everything that moe_compile knows of transformers beyond plain `nn.Module`s.
+
+Public names used: `PreTrainedModel`, the `experts_implementation` and `use_cache` settings, the
+`gradient_checkpointing` flag. Private names used, each with what happens where it is missing:
+
+* `utils.output_capturing._active_collector`: recording router logits inside compiled layers;
+  without it Dynamo cannot trace the recording hooks, and `output_router_logits=True` needs
+  `compile=False`.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+HANDED_THROUGH = (
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "use_cache",
+)
+"""Keywords of a model's forward that reach its layers, which seldom look at them."""
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model, or a PEFT model around one."""
+    from transformers import PreTrainedModel
+
+    return any(isinstance(module, PreTrainedModel) for module in _outer(model))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, below a PEFT wrapper."""
+    from transformers import PreTrainedModel
+
+    return next(module for module in _outer(model) if isinstance(module, PreTrainedModel))
+
+
+def _outer(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` and what a PEFT wrapper keeps at `base_model.model`."""
+    yield model
+    inner = getattr(model, "base_model", None)
+    if inner is not None and type(model).__module__.startswith("peft"):
+        yield getattr(inner, "model", inner)
+
+
+def make_traceable(shadow: nn.Module) -> None:
+    """Chooses traceable experts and no checkpointing on a shadow; the results are the same."""
+    for module in shadow.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            vars(module)["gradient_checkpointing"] = False
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "grouped_mm"
+
+
+def probe_inputs(
+    model: nn.Module, batch: torch.SymInt, sequence: torch.SymInt, device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments for one forward of a text model: token ids, no cache."""
+    ids = torch.zeros(batch, sequence, dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    config: Any = base_model(model).config
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """The name of the model's quantisation method, or None."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(method)
+
+
+@contextlib.contextmanager
+def recording_inside() -> Generator[None]:
+    """Lets transformers' output hooks record from inside a compiled layer.
+
+    The hooks append to a collector that is held in a context variable, which Dynamo cannot read,
+    and whose lists grow from layer to layer, which would recompile every layer. So the layer is
+    given a collector of its own with empty lists, as a plain global, and what it recorded is
+    moved over.
+    """
+    collector = _collector()
+    outer = None if collector is None else collector.context_var.get()
+    if collector is None or not outer:
+        yield
+        return
+    inner: dict[str, Any] = {key: [] for key in outer if not key.startswith("_")}
+    collector.global_var, collector.compiling = inner, True
+    try:
+        yield
+    finally:
+        collector.global_var, collector.compiling = None, False
+    for key, values in inner.items():
+        outer[key].extend(values)
+
+
+def _collector() -> Any:
+    with contextlib.suppress(ImportError, AttributeError):
+        from transformers.utils import output_capturing
+
+        collector = output_capturing._active_collector
+        return collector if hasattr(collector, "context_var") else None
+    return None

@@ -1,0 +1,206 @@
+"""Module boundaries in a trace: where each submodule call begins and ends, and what crosses.
+
+Every submodule of a traced unit gets hooks that pass its tensor inputs and outputs through
+`mark`, an identity op. The marks survive tracing and functionalisation as ordinary nodes; `trace`
+then turns them into `enter` and `exit` nodes, from which a region can be cut out and put back as
+a function.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.sym_node import SymNode
+from torch.utils import _pytree as pytree
+
+_LIBRARY = torch.library.Library("moe_compile_capture", "FRAGMENT")
+_LIBRARY.define("mark(Tensor[] tensors, int call, bool begins) -> Tensor[]")
+
+
+@torch.library.impl(_LIBRARY, "mark", "CompositeExplicitAutograd")
+def _mark(tensors: Sequence[Tensor], call: int, begins: bool) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+MARK = torch.ops.moe_compile_capture.mark.default
+
+
+class SizeNeeded(Exception):
+    """The traced code turned a symbolic size into a number."""
+
+
+def enter(call: int, *inputs: Any) -> None:
+    """Target of the node before a call's nodes; its arguments are the call's tensor inputs."""
+
+
+def exit(call: int, *outputs: Any) -> None:
+    """Target of the node after a call's nodes; its arguments are the call's tensor outputs."""
+
+
+@dataclass
+class ModuleCall:
+    """One call of a submodule, or of a custom `autograd.Function`, inside a unit.
+
+    Attributes:
+        path: the module's name inside the unit ("" is the unit itself); None for a function.
+        parent: index of the enclosing call.
+        inputs: leaves of (args, kwargs), tensors replaced by None.
+        tensor_inputs: positions of the tensors among the leaves.
+        conditions: what the call's Python code asked of a symbolic size, with the answer.
+    """
+
+    path: str | None
+    parent: int | None
+    label: str
+    inputs: list[Any]
+    input_spec: pytree.TreeSpec
+    tensor_inputs: list[int]
+    outputs: list[Any] = field(default_factory=list[Any])
+    output_spec: pytree.TreeSpec | None = None
+    tensor_outputs: list[int] = field(default_factory=list[int])
+    conditions: list[tuple[Any, bool]] = field(default_factory=list[tuple[Any, bool]])
+
+
+class CallLog:
+    """The calls of one trace, in order; also a context in which they are recorded.
+
+    `reads` holds every plain attribute that the traced code read: (module path, name) -> value. Two
+    modules that differ in one of them need a capture each.
+    """
+
+    def __init__(self, unit: nn.Module) -> None:
+        self.unit = unit
+        self.calls: list[ModuleCall] = []
+        self.open: list[int] = []
+        self.reads: dict[tuple[str, str], Any] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Generator[None]:
+        """Marks every submodule call, autograd function and size question until the end."""
+        with contextlib.ExitStack() as stack:
+            for path, module in self.unit.named_modules():
+                before = module.register_forward_pre_hook(
+                    self._before(path), with_kwargs=True, prepend=True
+                )
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._after).remove)
+            stack.enter_context(self._functions())
+            stack.enter_context(self._questions())
+            stack.enter_context(self._numbers())
+            stack.enter_context(self._attribute_reads())
+            yield
+
+    def _before(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._begin(path, type(module).__name__, args, kwargs)
+
+        return hook
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._end(output)
+
+    def _begin(self, path: str | None, label: str, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        where = _tensor_positions(leaves)
+        parent = self.open[-1] if self.open else None
+        self.open.append(len(self.calls))
+        marked = _marked(leaves, where, self.open[-1], begins=True)
+        self.calls.append(ModuleCall(path, parent, label, _plain(leaves), spec, where))
+        return pytree.tree_unflatten(marked, spec)
+
+    def _end(self, output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        index = self.open.pop()
+        call = self.calls[index]
+        call.outputs, call.output_spec = _plain(leaves), spec
+        call.tensor_outputs = _tensor_positions(leaves)
+        marked = _marked(leaves, call.tensor_outputs, index, begins=False)
+        return pytree.tree_unflatten(marked, spec)
+
+    def _functions(self) -> Any:
+        """Marks custom autograd functions: tracing drops their backward, so nothing may cut in."""
+        original: Any = torch.autograd.Function.apply
+        log = self
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = log._begin(None, cls.__name__, args, kwargs)
+            return log._end(original.__func__(cls, *args, **kwargs))
+
+        return mock.patch.object(torch.autograd.Function, "apply", classmethod(apply))
+
+    def _questions(self) -> Any:
+        """Notes every `if` on a symbolic size: the graph holds only for sizes that answer alike."""
+        original: Any = torch.SymBool.__bool__
+        log = self
+
+        def ask(condition: Any) -> bool:
+            answer: bool = original(condition)
+            if log.open and not _asked_by_torch():
+                log.calls[log.open[-1]].conditions.append((condition.node.expr, answer))
+            return answer
+
+        return mock.patch.object(torch.SymBool, "__bool__", ask)
+
+    def _numbers(self) -> Any:
+        """Notes every float that is computed from a symbolic size, and refuses every int.
+
+        A float is baked into the graph, which then holds for sizes that give the same one. An int
+        would fix the size in every later trace.
+        """
+        guard_float: Any = SymNode.guard_float
+        log = self
+
+        def as_float(node: Any, *where: Any) -> float:
+            number: float = guard_float(node, *where)
+            if log.open:
+                condition = sympy.Eq(node.expr, number, evaluate=False)
+                log.calls[log.open[-1]].conditions.append((condition, True))
+            return number
+
+        def as_int(node: Any, *_: Any) -> int:
+            raise SizeNeeded(f"the code needs the value of the size {node.expr}")
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(mock.patch.object(SymNode, "guard_float", as_float))
+        stack.enter_context(mock.patch.object(SymNode, "guard_int", as_int))
+        return stack
+
+    def _attribute_reads(self) -> Any:
+        paths = {id(module): path for path, module in self.unit.named_modules()}
+        log = self
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            plain = not name.startswith("_") and name in object.__getattribute__(module, "__dict__")
+            if plain and log.open and id(module) in paths:
+                log.reads[paths[id(module)], name] = value
+            return value
+
+        return mock.patch.object(nn.Module, "__getattribute__", getattribute)
+
+
+def _asked_by_torch() -> bool:
+    """Whether torch itself asks (broadcasting, strides): the answer then changes no graph."""
+    frame = sys._getframe(2)
+    return frame.f_globals.get("__name__", "").split(".")[0] in {"torch", "sympy"}
+
+
+def _tensor_positions(leaves: list[Any]) -> list[int]:
+    return [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+
+def _plain(leaves: list[Any]) -> list[Any]:
+    return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _marked(leaves: list[Any], where: list[int], call: int, *, begins: bool) -> list[Any]:
+    marked = list(leaves)
+    for i, tensor in zip(where, MARK([leaves[i] for i in where], call, begins), strict=True):
+        marked[i] = tensor
+    return marked

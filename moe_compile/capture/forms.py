@@ -1,0 +1,71 @@
+"""The ways in which a unit is called: with a mask or none, training or not, under autocast or not.
+
+The whole unit is captured in the first of them. In the others only the modules that were
+rewritten are captured, and only where they are called in another form or ask for the mode.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
+
+from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.probe import Call
+from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.trace import Mode, autocast
+
+
+def call_forms(unit: nn.Module, call: Call) -> list[tuple[Call, torch.dtype | None]]:
+    """The foreseen calls of a unit, each with the dtype of autocast; the plain call first.
+
+    On fake tensors transformers always builds a boolean mask; on real ones it passes None when the
+    mask would hide nothing but the future. float32 weights are also trained under autocast.
+    """
+    dtypes = {parameter.dtype for parameter in unit.parameters()}
+    autocasts = [None, torch.bfloat16] if torch.float32 in dtypes else [None]
+    unmasked = _without_masks(call)
+    calls = [call] if unmasked.key() == call.key() else [unmasked, call]
+    return [(form, autocast) for form in calls for autocast in autocasts]
+
+
+def observe(
+    shadow: Shadow,
+    unit: nn.Module,
+    call: Call,
+    dtype: torch.dtype | None,
+    paths: Iterable[str],
+) -> dict[str, Call]:
+    """How a training call of a unit, under autocast to `dtype`, calls the modules at `paths`."""
+    seen: dict[str, Call] = {}
+    unit.train()
+    handles = [_watch(unit.get_submodule(path), path, seen) for path in paths]
+    ambient = autocast(Mode(True, dtype), shadow.device)
+    with shadow.mode, enable_python_dispatcher(), AnyDtypeGroupedMM(), torch.no_grad(), ambient:
+        unit(*call.args, **call.kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _watch(module: nn.Module, path: str, seen: dict[str, Call]) -> Any:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(path, Call(args, kwargs))
+
+    return module.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def _without_masks(call: Call) -> Call:
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    args, kwargs = pytree.tree_unflatten([None if _is_mask(x) else x for x in leaves], spec)
+    return Call(args, kwargs)
+
+
+def _is_mask(leaf: Any) -> bool:
+    """A boolean tensor over pairs of positions."""
+    if not isinstance(leaf, Tensor) or leaf.dtype != torch.bool or leaf.dim() < 2:
+        return False
+    sizes: list[Any] = list(leaf.shape[-2:])
+    return isinstance(sizes[0], torch.SymInt) and str(sizes[0]) == str(sizes[1])

@@ -1,0 +1,83 @@
+"""The shadow: a copy of a model in which every tensor is fake.
+
+Probing and tracing work on the shadow, so they cost no memory, may change modes and configs as they
+like, and cannot leave a hook or a flag behind on the user's model.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from moe_compile.adapters import transformers as hf
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A fake copy of a model, on the device where the model will train.
+
+    Attributes:
+        model: the copy; same structure and names, no storage.
+        mode: the fake-tensor mode that owns its tensors.
+        batch, sequence: the symbolic sizes of the probe's inputs. They may be any size from 0 up.
+    """
+
+    model: nn.Module
+    mode: FakeTensorMode
+    device: torch.device
+    batch: torch.SymInt
+    sequence: torch.SymInt
+
+
+def cast_shadow(model: nn.Module) -> Shadow:
+    """Copies `model` with fake tensors in the place of its own; `model` is not touched."""
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode.cache_enabled = False
+    device = training_device(model)
+    memo: dict[int, Any] = {id(t): _fake(t, mode, device) for t in _tensors(model)}
+    shadow = copy.deepcopy(model, memo)
+    hf.make_traceable(shadow)
+    return Shadow(shadow, mode, device, _size(env, "batch", 2), _size(env, "sequence", 8))
+
+
+def training_device(model: nn.Module) -> torch.device:
+    """The device of the model's parameters; for a meta model the accelerator, else the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor that a module holds, also those that are plain attributes."""
+    held = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        held += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return held
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    source = ConstantSource(name)
+    symbol = env.create_symbol(
+        hint,
+        source,
+        dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=None,
+    )
+    size = env.create_symintnode(symbol, hint=hint, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size

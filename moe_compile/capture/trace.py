@@ -1,0 +1,208 @@
+"""One graph per kind of unit: traced before autograd, functional, with module boundaries.
+
+The tracer is `make_fx` on fake tensors with symbolic batch and sequence: it takes a fraction of a
+second where `torch.export` takes several, keeps `linear`, `softmax` and
+`scaled_dot_product_attention` whole, and sees the same Python as the model runs.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from moe_compile.adapters import transformers as hf
+from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
+from moe_compile.capture.probe import Call
+from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.untouched import Touched, Untouched
+
+_ASSERTS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a capture holds for: training, evaluation or both (None), and autocast's dtype."""
+
+    training: bool | None = True
+    autocast: torch.dtype | None = None
+
+
+@dataclass
+class Capture:
+    """The graph of one unit in one mode.
+
+    Attributes:
+        graph: aten ops over `get_attr` nodes (parameters, by their name inside the unit), with an
+            `enter` and an `exit` node around every submodule call. `node.meta["val"]` is the fake
+            value, `node.meta["calls"]` the calls that the node lies in, outermost first.
+        calls: the calls; number 0 is the unit itself.
+        reads: the attributes that decide whether another unit may share this capture.
+    """
+
+    graph: fx.Graph
+    calls: list[ModuleCall]
+    reads: dict[tuple[str, str], Any]
+    mode: Mode
+
+
+def trace(
+    shadow: Shadow,
+    unit: nn.Module,
+    call: Call,
+    mode: Mode,
+    matters: set[str],
+    *,
+    observed: bool = True,
+) -> Capture:
+    """Traces `unit`, a module of the shadow, as `call` calls it.
+
+    Args:
+        matters: collects the names of flags that the unit's code looks at: they keep their values.
+        observed: whether somebody may use every output of the unit.
+    """
+    while True:
+        try:
+            capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
+            for node in capture.graph.nodes:
+                if node.target is exit:
+                    node.meta["observed"] = observed and node.args[0] == 0
+            return capture
+        except Touched as touched:
+            matters.add(touched.name)
+
+
+def _without_values(unit: nn.Module, call: Call, matters: set[str]) -> Call:
+    """The call with stand-ins for its flags, and for those that could be handed through."""
+    kwargs = dict(call.kwargs)
+    if _takes_any_keyword(unit):
+        kwargs = dict.fromkeys(hf.HANDED_THROUGH, False) | kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, (bool, int, float, str)) and name not in matters:
+            kwargs[name] = Untouched(name)
+    kept = {n: v for n, v in kwargs.items() if n in call.kwargs or n not in matters}
+    return Call(call.args, kept)
+
+
+def _takes_any_keyword(unit: nn.Module) -> bool:
+    parameters = inspect.signature(unit.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
+    names, tensors = _state(unit)
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    log = CallLog(unit)
+
+    def run(state: list[Tensor], inputs: list[Tensor]) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(where, inputs, strict=True):
+            filled[i] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        with log.recording(), AnyDtypeGroupedMM(), autocast(mode, shadow.device):
+            values = dict(zip(names, state, strict=True))
+            return torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
+
+    unit.train(mode.training is not False)
+    with shadow.mode, enable_python_dispatcher():
+        module = _functional(run, tensors, [leaves[i] for i in where])
+    graph = _with_boundaries(module.graph, names)
+    return Capture(graph, log.calls, log.reads, mode)
+
+
+def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:
+    """The functional graph of a plain torch function over tensors of one fake mode."""
+
+    def run(state: list[Tensor], values: list[Any]) -> Any:
+        with AnyDtypeGroupedMM():
+            return function(*values)
+
+    with enable_python_dispatcher():
+        return _functional(run, [], inputs).graph
+
+
+def _functional(run: Callable[..., Any], state: list[Tensor], inputs: list[Any]) -> fx.GraphModule:
+    """Traces with in-place operations made functional, composite operators kept whole."""
+    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    module = _make_fx(functional)(state, inputs)
+    for node in list(module.graph.nodes):
+        if node.target in _ASSERTS:
+            module.graph.erase_node(node)
+    return module
+
+
+def _make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
+    return make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+
+
+def _state(unit: nn.Module) -> tuple[list[str], list[Tensor]]:
+    """Parameters and buffers by name; a tied tensor once, by its first name."""
+    named = [*unit.named_parameters(), *unit.named_buffers()]
+    return [name for name, _ in named], [tensor for _, tensor in named]
+
+
+@contextlib.contextmanager
+def autocast(mode: Mode, device: torch.device) -> Generator[None]:
+    """The autocast of a mode on a device; nothing where the mode has none."""
+    if mode.autocast is None:
+        yield
+        return
+    with torch.autocast(device.type, dtype=mode.autocast):
+        yield
+
+
+def _with_boundaries(traced: fx.Graph, names: list[str]) -> fx.Graph:
+    """Parameters become `get_attr`, marks become `enter` and `exit`, every node learns its call."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    open_calls: list[int] = []
+    placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+    state = dict(zip(placeholders, names, strict=False))
+    for node in traced.nodes:
+        if node.target is MARK:
+            _add_boundary(graph, node, env, open_calls)
+        elif _is_marked(node):
+            env[node] = env[node.args[0].args[0][node.args[1]]]
+        elif node in state:
+            env[node] = graph.create_node("get_attr", state[node], name=node.name)
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        if node in env and not _is_marked(node):
+            env[node].meta = {"val": node.meta.get("val")}
+        if node in env:
+            env[node].meta.setdefault("calls", tuple(open_calls))
+    return graph
+
+
+def _is_marked(node: fx.Node) -> bool:
+    """Whether the node takes one tensor out of a mark."""
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and source.target is MARK
+
+
+def _add_boundary(
+    graph: fx.Graph, mark: fx.Node, env: dict[fx.Node, fx.Node], open_calls: list[int]
+) -> None:
+    tensors, call, begins = mark.args
+    assert isinstance(tensors, (list, tuple))
+    assert isinstance(call, int)
+    if begins:
+        open_calls.append(call)
+    inputs = [env[tensor] for tensor in tensors]  # type: ignore[index]
+    boundary = graph.call_function(enter if begins else exit, (call, *inputs))
+    boundary.meta = {"val": None, "calls": tuple(open_calls)}
+    if not begins:
+        assert open_calls.pop() == call, "module calls must nest"

@@ -1,0 +1,37 @@
+"""Proof that an argument does not matter: trace with a stand-in that cannot be looked at.
+
+Models hand flags and loss arguments (`use_cache`, `num_items_in_batch`) through every layer. A
+graph holds for any value of an argument that its code never looked at, and for calls without it.
+"""
+
+from typing import Any, NoReturn
+
+
+class Touched(Exception):
+    """The traced code looked at a stand-in; its value is part of the call form."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Untouched:
+    """Stands for a plain argument. Passing it on is fine; looking at it raises `Touched`."""
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def _touch(self, *_: Any) -> NoReturn:
+        raise Touched(object.__getattribute__(self, "_name"))
+
+    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = _touch
+    __call__ = __getitem__ = __contains__ = __getattr__ = _touch
+    __lt__ = __le__ = __gt__ = __ge__ = _touch
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _touch
+    __truediv__ = __rtruediv__ = __neg__ = _touch
+
+    def __eq__(self, other: object) -> bool:
+        self._touch()
+
+    def __hash__(self) -> int:
+        return id(self)

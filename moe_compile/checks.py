@@ -1,0 +1,111 @@
+"""What a user can get wrong, each as a `ValueError` that says got, takes and what to do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from moe_compile.adapters import transformers as hf
+from moe_compile.config import OptimizeConfig
+from moe_compile.rewrite.pipeline import Pipeline
+
+_MESH_NAMES = ("dp_replicate", "dp_shard", "ep")
+_STORAGE_ONLY = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def check_model(model: Any, example_inputs: Any, *, optimized: bool) -> None:
+    """The model is a module, whole, not yet optimized, and callable without guessing."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"optimize got a {type(model).__name__}; it takes an nn.Module; load the model first, "
+            "for example with AutoModelForCausalLM.from_pretrained"
+        )
+    if optimized:
+        raise ValueError(
+            f"optimize got a {type(model).__name__} that is optimized already; it takes a model as "
+            "it was loaded; load it again to optimize it in another way"
+        )
+    _check_quantisation(model)
+    if example_inputs is None and not hf.is_pretrained(model):
+        raise ValueError(
+            f"optimize got a {type(model).__name__}, which is no transformers model, and no "
+            "example_inputs; it takes them to learn how the layers are called; pass "
+            "example_inputs=(tensor, ...), the model's positional arguments"
+        )
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
+        raise ValueError(
+            f"example_inputs got a {type(example_inputs).__name__}; it takes a tuple of the "
+            "model's positional arguments; write (tensor,) for a single one"
+        )
+    leaves = pytree.tree_leaves(example_inputs)
+    if example_inputs is not None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"example_inputs got {example_inputs!r}; it takes a tuple with a tensor whose first "
+            "dimension is the batch; pass the inputs of one forward of the model"
+        )
+
+
+def _check_quantisation(model: nn.Module) -> None:
+    method = hf.quantisation(model)
+    stored = next((p.dtype for p in model.parameters() if p.dtype in _STORAGE_ONLY), None)
+    if method is not None or stored is not None:
+        raise ValueError(
+            f"optimize got weights quantised with {method or stored}; it takes bfloat16, float16 "
+            "or float32 weights; load the model without quantisation, or dequantise it first"
+        )
+
+
+def check_mesh(mesh: DeviceMesh | None) -> None:
+    """One device for now; names are checked all the same."""
+    if mesh is None:
+        return
+    names = mesh.mesh_dim_names or ()
+    unknown = [name for name in names if name not in _MESH_NAMES]
+    if unknown:
+        raise ValueError(
+            f"the mesh got the dimension {unknown[0]!r}; it takes {', '.join(_MESH_NAMES)}; "
+            "rename it in init_device_mesh"
+        )
+    if mesh.size() > 1:
+        raise ValueError(
+            f"the mesh got {mesh.size()} ranks; it takes one device in this release; pass mesh=None"
+        )
+
+
+def check_passes(passes: Any) -> None:
+    """An order of passes is a `Pipeline`, which has checked it."""
+    if not isinstance(passes, Pipeline):
+        raise ValueError(
+            f"passes got a {type(passes).__name__}; it takes a Pipeline; edit moe_compile.PIPELINE "
+            "with its without, before, after and replace"
+        )
+
+
+def check_config(config: Any) -> None:
+    """Options whose work does not exist yet are errors, not silence."""
+    if not isinstance(config, OptimizeConfig):
+        raise ValueError(
+            f"config got a {type(config).__name__}; it takes an OptimizeConfig; write "
+            "OptimizeConfig(compile=False), for example"
+        )
+    unready = {
+        "fsdp": (config.fsdp not in ("auto", False), "leave it out on one device"),
+        "dispatcher": (config.dispatcher != "auto", "leave it out on one device"),
+        "activation_checkpointing": (
+            config.activation_checkpointing != "none",
+            "call model.gradient_checkpointing_enable() instead",
+        ),
+        "loss": (config.loss == "fused", "leave it out: the model computes its own loss"),
+        "deterministic": (
+            config.deterministic,
+            "call torch.use_deterministic_algorithms(True) instead",
+        ),
+    }
+    for name, (asked, instead) in unready.items():
+        if asked:
+            raise ValueError(
+                f"OptimizeConfig.{name} got {getattr(config, name)!r}, which this release does not "
+                f"have; it takes {OptimizeConfig.__dataclass_fields__[name].default!r}; {instead}"
+            )

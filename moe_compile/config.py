@@ -1,0 +1,99 @@
+"""The options of `optimize`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from moe_compile.ops import OPS
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "compile": ("auto", True, False),
+    "fsdp": ("auto", True, False),
+    "dispatcher": ("auto", "deepep", "all_to_all"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "loss": ("auto", "fused", "model"),
+    "verify": ("auto", "off", "raise", "full"),
+    "deterministic": (True, False),
+}
+_MAPPINGS: dict[str, str] = {
+    "compile": "a dict of torch.compile options",
+    "fsdp": "a dict of fully_shard options",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeConfig:
+    """What `optimize` should do. Every default is the right choice for training.
+
+    Attributes:
+        compile: hand each layer to `torch.compile(fullgraph=True)`: `"auto"` is on for CUDA and off
+            for the CPU; a dict is passed on as options.
+        fsdp: shard with FSDP2: `"auto"` is on when the mesh has more than one rank.
+        dispatcher: how tokens travel between expert-parallel ranks.
+        providers: `"auto"`, or canonical op name -> the provider that must implement it.
+        activation_checkpointing: what the backward recomputes.
+        loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
+        verify: check every rewrite against the original on small inputs; what fails is refused.
+            `"raise"` checks the capture and the raised graph, `"auto"` the lowered one too, except
+            for meta tensors and layers of more than 256 MiB; `"full"` checks those as well, and
+            proves the algebra over a prime field.
+        deterministic: choose only implementations that give the same bits in every run.
+
+    Raises:
+        ValueError: for a value that the field does not take.
+    """
+
+    compile: bool | Literal["auto"] | Mapping[str, Any] = "auto"
+    fsdp: bool | Literal["auto"] | Mapping[str, Any] = "auto"
+    dispatcher: Literal["auto", "deepep", "all_to_all"] = "auto"
+    providers: Literal["auto"] | Mapping[str, str] = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    loss: Literal["auto", "fused", "model"] = "auto"
+    verify: Literal["auto", "off", "raise", "full"] = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "providers":
+                _check_providers(value)
+            elif not _accepts(field.name, value):
+                takes = ", ".join(map(repr, _CHOICES[field.name]))
+                if field.name in _MAPPINGS:
+                    takes += f" or {_MAPPINGS[field.name]}"
+                raise ValueError(
+                    f"OptimizeConfig.{field.name} got {value!r}; it takes {takes}; "
+                    f"leave it out for {field.default!r}"
+                )
+
+
+def _accepts(name: str, value: Any) -> bool:
+    if name in _MAPPINGS and isinstance(value, Mapping):
+        return True
+    return any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in _CHOICES[name]
+    )
+
+
+def _check_providers(value: Any) -> None:
+    if value == "auto":
+        return
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"OptimizeConfig.providers got {value!r}; it takes 'auto' or a dict from op to "
+            "provider, such as {'rms_norm': 'torch'}; leave it out for 'auto'"
+        )
+    from moe_compile.providers.registry import PROVIDERS
+
+    known = [provider.name for provider in PROVIDERS]
+    for op, provider in value.items():
+        if op not in OPS:
+            raise ValueError(
+                f"OptimizeConfig.providers got the op {op!r}; it takes "
+                f"{', '.join(sorted(OPS))}; leave an op out to have its provider chosen"
+            )
+        if provider not in known:
+            raise ValueError(
+                f"OptimizeConfig.providers got the provider {provider!r} for {op!r}; "
+                f"it takes {', '.join(known)}; leave the op out to have its provider chosen"
+            )

@@ -1,0 +1,99 @@
+"""Hands every layer to `torch.compile`, so that depth, lengths and caches do not recompile it.
+
+Dynamo keeps what it compiled for each code object and gives up after eight versions. All layers
+of one class share one code object, so each group gets its own copy of the entry point, and each
+way of calling it (training, gradients, masks) too. Calls with a cache, whose shapes change with
+every token, run uncompiled. Only `forward` is compiled: hooks on the layer itself stay outside.
+"""
+
+import logging
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moe_compile.adapters import transformers as hf
+from moe_compile.capture.group import Group
+from moe_compile.config import OptimizeConfig
+from moe_compile.install.forward import bind
+
+_LOG = logging.getLogger(__name__)
+
+
+def compile_units(model: nn.Module, groups: list[Group], config: OptimizeConfig) -> None:
+    """Compiles the layers of every group; what is beside the layers stays as it is."""
+    first = next(model.parameters(), None)
+    on_cuda = first is not None and first.device.type == "cuda"
+    if config.compile is False or (config.compile == "auto" and not on_cuda):
+        return
+    options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    for number, group in enumerate(groups):
+        layers = [model.get_submodule(name) for name in group.names]
+        if any(name.rpartition(".")[2].isdigit() for name in group.names):
+            _compile_layers(layers, number, {"fullgraph": True} | options)
+
+
+def _compile_layers(layers: list[nn.Module], number: int, options: dict[str, Any]) -> None:
+    inner = vars(layers[0]).get("forward")
+    function = type(layers[0]).forward if inner is None else inner.__func__
+    entry = _entry(function, number, options)
+    for layer in layers:
+        bind(layer, entry)
+
+
+def _entry(
+    function: Callable[..., Any], number: int, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """A forward that compiles `function` once for every way in which it is called."""
+    compiled: dict[Hashable, Callable[..., Any]] = {}
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        way = _way(self, args, kwargs)
+        if way is None or torch.compiler.is_compiling():
+            return function(self, *args, **kwargs)
+        if way not in compiled:
+            compiled[way] = torch.compile(_copy(function, number, len(compiled)), **options)
+        with hf.recording_inside():
+            return compiled[way](self, *args, **kwargs)
+
+    return forward
+
+
+def _way(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
+    """What changes the compiled code beyond sizes; None for a call that stays uncompiled."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+        if layer.training:
+            _warn_about_cache()
+        return None
+    kinds = tuple(leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    ambient = (torch.is_grad_enabled(), torch.is_autocast_enabled(device))
+    return layer.training, ambient, str(spec), kinds
+
+
+def _warn_about_cache() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        _LOG.warning(
+            "a layer was trained with a key-value cache, so it ran uncompiled; "
+            "pass use_cache=False to the model, or set model.config.use_cache = False"
+        )
+
+
+_warned = False
+
+
+def _copy(function: Callable[..., Any], number: int, version: int) -> Callable[..., Any]:
+    """The same function with a code object of its own."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}_{version}")
+    copy = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

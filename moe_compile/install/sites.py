@@ -1,0 +1,126 @@
+"""From rewritten graphs to installable functions, and the sites of the report."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from moe_compile.capture.group import Group
+from moe_compile.install.cut import cut
+from moe_compile.install.forward import (
+    Variant,
+    bind,
+    check_replaceable,
+    make_forward,
+    variant,
+)
+from moe_compile.report import Site
+from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.unit_graph import UnitGraph
+from moe_compile.verify.parity import Verifier
+
+
+@dataclass
+class Installation:
+    """One owner module in every unit of a group.
+
+    Attributes:
+        units: the units' full names.
+        path: the owner's name inside a unit.
+        variants: the captured call forms; empty where nothing is installed.
+        sites: what the report says of it.
+    """
+
+    units: list[str]
+    path: str
+    variants: tuple[Variant, ...] = ()
+    sites: list[Site] = field(default_factory=list[Site])
+
+    def owner_names(self) -> list[str]:
+        """The full names of the modules that are changed."""
+        return [f"{unit}.{self.path}" if self.path else unit for unit in self.units]
+
+
+def prepare(
+    model: nn.Module, group: Group, units: list[UnitGraph], verify: str
+) -> list[Installation]:
+    """An installation for every module of the group that holds a rewrite."""
+    if not units:
+        return []
+    verifier = Verifier(model.get_submodule(group.names[0]), verify)
+    return [_prepare_owner(model, group, units, path, verifier) for path in _owner_paths(units)]
+
+
+def install(model: nn.Module, installation: Installation) -> None:
+    """Binds the variants on the owner in every unit of the group."""
+    if not installation.variants:
+        return
+    owners = [model.get_submodule(name) for name in installation.owner_names()]
+    function = make_forward(type(owners[0]).forward, installation.variants)
+    for owner in owners:
+        bind(owner, function)
+
+
+def lowered_nodes(unit: UnitGraph, path: str) -> list[fx.Node]:
+    """The nodes that rewrites put into calls of one owner."""
+    return [n for n in unit.graph.nodes if "op" in n.meta and unit.owner(n) == path]
+
+
+def _owner_paths(units: list[UnitGraph]) -> list[str]:
+    return list(dict.fromkeys(path for unit in units for path in unit.owners()))
+
+
+def _prepare_owner(
+    model: nn.Module, group: Group, units: list[UnitGraph], path: str, verifier: Verifier
+) -> Installation:
+    result = Installation(group.names, path)
+    nodes = [node for unit in units for node in lowered_nodes(unit, path)]
+    kept = next((n.meta["keeps"] for n in nodes if n.meta["keeps"]), None)
+    if all(node.meta["keeps"] for node in nodes):
+        result.sites = _sites(result, nodes, "kept", kept)
+        return result
+    try:
+        result.variants = _variants(model, result, units, verifier)
+        result.sites = _sites(result, nodes, "rewritten", None)
+    except Refuse as refusal:
+        result.sites = _sites(result, nodes, "refused", refusal.reason)
+    return result
+
+
+def _variants(
+    model: nn.Module, installation: Installation, units: list[UnitGraph], verifier: Verifier
+) -> tuple[Variant, ...]:
+    """One variant for every call of the owner in every captured form, each verified."""
+    owners = [model.get_submodule(name) for name in installation.owner_names()]
+    found: list[Variant] = []
+    for unit in units:
+        nodes = lowered_nodes(unit, installation.path)
+        for call in dict.fromkeys(node.meta["calls"][-1] for node in nodes):
+            piece = cut(unit, call)
+            for owner in owners:
+                check_replaceable(owner, piece.crossed)
+            found.append(variant(piece, unit.mode_of(call), unit.reads, owners[0]))
+            verifier.check(unit, call, found[-1])
+    return tuple(found)
+
+
+def _sites(
+    installation: Installation, nodes: list[fx.Node], status: Any, reason: str | None
+) -> list[Site]:
+    """One site for every kind of idiom in the owner."""
+    kinds: dict[tuple[str, str], fx.Node] = {}
+    for node in nodes:
+        kinds.setdefault((node.meta["kind"], node.meta["made_by"][1]), node)
+    module, layers = installation.owner_names()[0], len(installation.units)
+    return [
+        Site(
+            module,
+            layers,
+            kind,
+            pattern,
+            status,
+            reason,
+            node.meta["provider"] if status == "rewritten" else None,
+        )
+        for (kind, pattern), node in kinds.items()
+    ]

@@ -1,0 +1,64 @@
+"""The experts of a mixture: a token goes through each of its picks, and the results are summed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_compile.ops.canonical import canonical
+
+
+@canonical
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    weigh_input: bool = False,
+) -> Tensor:
+    """out[t] = sum over picks k of weights[t, k] * expert[ids[t, k]](x[t]).
+
+    An expert is `activation(x @ up.T + up_bias) @ down.T + down_bias`.
+
+    Args:
+        x: [T, H], the tokens.
+        ids: [T, K], the picked experts, each in 0..E-1, or -1 for a pick that lives elsewhere: it
+            adds nothing to the output, and its weight's gradient is zero.
+        weights: [T, K], the routing weights; their product with the expert's result is in the wider
+            of the two dtypes, and so is the sum over picks.
+        up: in its dtype the experts compute; [E, N, H], or [E, H, N] when `transposed`.
+        down: [E, Hout, I], or [E, I, Hout] when `transposed`.
+        activation: Maps [rows, N] to [rows, I] row by row; gating, interleaving and clamping are
+            inside it.
+        up_bias: [E, N].
+        down_bias: [E, Hout].
+        transposed: How up and down are stored.
+        weigh_input: Weigh the expert's input, not its result (Llama 4).
+
+    Returns:
+        [T, Hout] in x's dtype. An expert that no token picked has gradients of zero.
+
+    Source: the expert loop of transformers' mixture models, such as `Qwen3MoeExperts`.
+    """
+    if not transposed:
+        up, down = up.mT, down.mT
+    sum_dtype = torch.promote_types(x.dtype, weights.dtype)
+    out = torch.zeros(x.shape[0], down.shape[-1], dtype=sum_dtype, device=x.device)
+    for expert in range(up.shape[0]):
+        pick, token = ids.T.eq(expert).nonzero(as_tuple=True)
+        weight = weights[token, pick, None]
+        rows = (x[token] * weight).to(x.dtype) if weigh_input else x[token]
+        rows = rows.to(up.dtype) @ up[expert]
+        if up_bias is not None:
+            rows = rows + up_bias[expert]
+        rows = activation(rows).to(down.dtype) @ down[expert]
+        if down_bias is not None:
+            rows = rows + down_bias[expert]
+        out = out.index_add(0, token, (rows if weigh_input else rows * weight).to(sum_dtype))
+    return out.to(x.dtype)

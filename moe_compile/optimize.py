@@ -1,0 +1,171 @@
+"""The pipeline on one page: probe, trace, run the passes, install, verify, compile."""
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_compile.capture.group import Group, group
+from moe_compile.capture.probe import probe
+from moe_compile.capture.shadow import Shadow, cast_shadow
+from moe_compile.checks import check_config, check_mesh, check_model, check_passes
+from moe_compile.config import OptimizeConfig
+from moe_compile.install.compile import compile_units
+from moe_compile.install.sites import Installation, install, prepare
+from moe_compile.passes import PIPELINE
+from moe_compile.report import Report
+from moe_compile.reporting import summarize
+from moe_compile.rewrite.owners import capture_owners
+from moe_compile.rewrite.pipeline import Pipeline, verify_facts
+from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph
+
+M = TypeVar("M", bound=nn.Module)
+
+_REPORT = "_moe_compile_report"
+
+
+@dataclass
+class Work:
+    """What one run of the pipeline knows, from the groups to the installations."""
+
+    groups: list[Group] = field(default_factory=list[Group])
+    units: list[list[UnitGraph]] = field(default_factory=list[list[UnitGraph]])
+    installations: list[Installation] = field(default_factory=list[Installation])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def timed(self, step: str) -> Generator[None]:
+        """Adds the time of the block to a step of the report."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def optimize(
+    model: M,
+    mesh: DeviceMesh | None = None,
+    config: OptimizeConfig | None = None,
+    *,
+    passes: Pipeline | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> M:
+    """Makes a mixture-of-experts model train fast; returns the same object.
+
+    The class, the parameters and their names, hooks, `save_pretrained`, `generate`, Trainer and
+    PEFT work as before. What was rewritten, kept or refused, and why: `report(model)`.
+
+    Args:
+        model: a loaded Hugging Face model, also on the meta device or wrapped by PEFT; or any
+            `nn.Module` together with `example_inputs`.
+        mesh: None for one device. Several ranks come with the next release.
+        config: see `OptimizeConfig`.
+        passes: the order of passes; `PIPELINE` by default.
+        example_inputs: the model's positional arguments, for a model that is not from transformers.
+
+    Raises:
+        ValueError: for a model that is optimized already or quantised, a wrong config, mesh or
+            `passes`, or missing `example_inputs`; says what was got, what is taken and what to do.
+    """
+    config = OptimizeConfig() if config is None else config
+    work = _analyze(model, mesh, config, PIPELINE if passes is None else passes, example_inputs)
+    with work.timed("install"):
+        for installation in work.installations:
+            install(model, installation)
+    with work.timed("compile"):
+        compile_units(model, work.groups, config)
+    setattr(model, _REPORT, _summary(work))
+    return model
+
+
+def explain(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    config: OptimizeConfig | None = None,
+    *,
+    passes: Pipeline | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> Report:
+    """The report that `optimize` would give; changes nothing. Same arguments and errors."""
+    config = OptimizeConfig() if config is None else config
+    pipeline = PIPELINE if passes is None else passes
+    return _summary(_analyze(model, mesh, config, pipeline, example_inputs))
+
+
+def report(model: nn.Module) -> Report:
+    """What `optimize` did to the model.
+
+    Raises:
+        ValueError: if the model was not optimized.
+    """
+    found = getattr(model, _REPORT, None)
+    if not isinstance(found, Report):
+        raise ValueError(
+            f"report got a {type(model).__name__} that was not optimized; it takes the model that "
+            "optimize returned; call explain(model) to see what optimize would do"
+        )
+    return found
+
+
+def _analyze(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    config: OptimizeConfig,
+    pipeline: Pipeline,
+    example_inputs: tuple[Any, ...] | None,
+) -> Work:
+    """Everything up to the installation; the model is not touched."""
+    check_model(model, example_inputs, optimized=hasattr(model, _REPORT))
+    check_mesh(mesh)
+    check_config(config)
+    check_passes(pipeline)
+    work = Work()
+    with work.timed("probe"):
+        shadow = cast_shadow(model)
+        calls = probe(shadow, example_inputs)
+    with work.timed("trace"):
+        work.groups = group(shadow, calls)
+    for found in work.groups:
+        work.units.append(_rewrite(shadow, found, pipeline, config, work))
+    with work.timed("verify"):
+        for found, units in zip(work.groups, work.units, strict=True):
+            work.installations += prepare(model, found, units, config.verify)
+    return work
+
+
+def _rewrite(
+    shadow: Shadow, found: Group, pipeline: Pipeline, config: OptimizeConfig, work: Work
+) -> list[UnitGraph]:
+    """The group's graphs after the passes: the unit first, then its owners in other call forms."""
+    if found.capture is None:
+        return []
+    wanted = {} if config.providers == "auto" else dict(config.providers)
+    first = UnitGraph.of(found.names[0], found.capture, wanted)
+    check = config.verify == "full"
+    with work.timed("passes"):
+        run_passes(pipeline, first, check=check)
+    with work.timed("trace"):
+        others = capture_owners(shadow, found, first)
+    with work.timed("passes"):
+        for unit in others:
+            run_passes(pipeline, unit, check=check)
+    return [first, *others]
+
+
+def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> None:
+    """Runs the passes on one unit, recording what each did; `check` verifies the facts."""
+    for step in pipeline:
+        start, before = time.perf_counter(), len(unit.graph.nodes)
+        changed = step.run(unit)
+        seconds = time.perf_counter() - start
+        after = len(unit.graph.nodes)
+        unit.records.append(PassRecord(step.name, changed, before, after, unit.ops(), seconds))
+        if check:
+            verify_facts(step, unit.graph)
+
+
+def _summary(work: Work) -> Report:
+    return summarize(work.groups, work.units, work.installations, work.seconds)

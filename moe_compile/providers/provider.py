@@ -1,0 +1,50 @@
+"""What a provider of canonical ops must answer, and how it is told of a call."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.rewrite.refuse import Refuse
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of an op, with fake tensors where the graph passes tensors.
+
+    `autocast` is the dtype of the autocast that the call runs under, or None.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    autocast: torch.dtype | None = None
+
+    def arguments(self, op: CanonicalOp[..., Any]) -> dict[str, Any]:
+        """Every argument of `op` by name, defaults included."""
+        bound = inspect.signature(op).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+
+class Provider(Protocol):
+    """A source of implementations of canonical ops."""
+
+    @property
+    def name(self) -> str:
+        """What a user writes in `OptimizeConfig.providers`."""
+        ...
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """None when this provider takes the call, else why it does not."""
+        ...
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """Why a model's own spelling of `op` is as fast, or None when it is worth rewriting."""
+        ...
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """A function with `op`'s signature, for calls which `supports` takes."""
+        ...

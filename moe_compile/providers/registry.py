@@ -1,0 +1,40 @@
+"""The choice of a provider for each call of a canonical op."""
+
+from typing import Any
+
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call, Provider
+from moe_compile.providers.torch import TorchProvider
+from moe_compile.rewrite.refuse import Refuse
+
+PROVIDERS: tuple[Provider, ...] = (TorchProvider(),)
+"""Every provider, the preferred first."""
+
+
+def choose(
+    op: CanonicalOp[..., Any], call: Call, wanted: str | None = None
+) -> tuple[Provider, list[Refuse]]:
+    """The first provider that takes the call, and the refusals of those before it.
+
+    Args:
+        op: The op called.
+        call: Its arguments.
+        wanted: The name of the only provider to ask, or None for all of them.
+
+    Raises:
+        ValueError: No provider is called `wanted`.
+        Refuse: No provider asked takes the call.
+    """
+    asked = [p for p in PROVIDERS if wanted in (None, p.name)]
+    if not asked:
+        names = ", ".join(repr(p.name) for p in PROVIDERS)
+        raise ValueError(
+            f"no provider is called {wanted!r}; choose one of {names}, or leave it out"
+        )
+    refusals: list[Refuse] = []
+    for provider in asked:
+        refusal = provider.supports(op, call)
+        if refusal is None:
+            return provider, refusals
+        refusals.append(refusal)
+    raise Refuse(f"no provider takes {op.name}: " + "; ".join(r.reason for r in refusals))

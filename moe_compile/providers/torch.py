@@ -1,0 +1,247 @@
+"""Torch's own kernels: the provider that is always there, and the yardstick of the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compile import ops
+from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad
+from moe_compile.ops.attention import band
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call
+from moe_compile.rewrite.refuse import Refuse
+
+
+def _rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    cast_first: bool = False,
+    offset: float = 0.0,
+) -> Tensor:
+    if offset or (weight is not None and weight.dtype != x.dtype):
+        return ops.rms_norm.reference(x, weight, eps, cast_first=cast_first, offset=offset)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """`mask`, of either kind, which also hides what is not `seen`."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+
+
+def _sink_bias(mask: Tensor | None, sinks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The float mask of [B, Hq, S, L + 1] logits whose last column is the sink's."""
+    bias = sinks.new_zeros(shape[2:]) if mask is None else mask
+    if bias.dtype == torch.bool:
+        bias = sinks.new_zeros(bias.shape).masked_fill(~bias, float("-inf"))
+    sink = sinks[:, None, None].expand(*shape[:3], 1)
+    return torch.cat((bias.expand(shape), sink), dim=-1)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None:
+        # No fused kernel on CUDA takes both grouped heads and a mask.
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=groups > 1 and mask is None,
+    )
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    if sinks is None and mask is not None and mask.dtype != torch.bool:
+        # A fused backward recomputes the weights from a log-sum-exp. In a row that a mask fills
+        # with the dtype's minimum, that has lost the logarithm: the gradient is L times too large.
+        return ops.attention.reference(
+            query,
+            key,
+            value,
+            mask,
+            sinks,
+            scale=scale,
+            causal=causal,
+            window=window,
+            dropout=dropout,
+        )
+    if sinks is None and mask is None and window is None:
+        return _sdpa(query, key, value, None, scale, causal, dropout)
+    shape = (*query.shape[:3], key.shape[2])
+    if causal or window is not None:
+        mask = _restrict(mask, band(shape[2], shape[3], window, query.device))
+    if sinks is not None:
+        # A sink is a key of zeros with the sink for its mask and a value of zeros. Against a
+        # softmax written out in torch this is 1.3 times as fast in float32 on a CPU, and 8 times
+        # in bfloat16 at half the error. No backend returns a differentiable log-sum-exp.
+        mask = _sink_bias(mask, sinks, shape)
+        key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
+    return _sdpa(query, key, value, mask, scale, False, dropout)
+
+
+class _Spread(torch.autograd.Function):
+    """x[T, H] to a row for each pick, in the experts' order; the adjoint of `_Collect`.
+
+    Autograd's own backward of a gather adds row by row, in the rows' dtype and on CUDA in any
+    order. The picks being a permutation, it is a gather and a sum too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, picks: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.picks = picks
+        return x.index_select(0, order // picks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_x: Tensor = _Collect.apply(grads[0], *ctx.saved_tensors, ctx.picks)
+        return grad_x, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows in the experts' order to each token's sum; the adjoint of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, picks: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.picks = picks
+        return rows.index_select(0, inverse).view(-1, picks, rows.shape[1]).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_rows: Tensor = _Spread.apply(grads[0], *ctx.saved_tensors, ctx.picks)
+        return grad_rows, None, None, None
+
+
+class _BiasRows(torch.autograd.Function):
+    """bias[E, N] to the bias of each row's expert; zero for the rows of none, whose index is E.
+
+    Its backward sums groups of rows as a product with ones, eight columns of them for alignment.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, expert: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(offs)
+        return F.pad(bias, (0, 0, 0, 1)).index_select(0, expert)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ones = grads[0].new_ones(grads[0].shape[0], 8)
+        grad = grouped_mm_weight_grad(ones, grads[0].contiguous(), *ctx.saved_tensors)
+        return grad[:, 0], None, None
+
+
+def _experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    weigh_input: bool = False,
+) -> Tensor:
+    if not transposed:
+        up, down = up.mT, down.mT
+    num_experts, picks = up.shape[0], ids.shape[1]
+    # -1 becomes E: it sorts last, and the products are zero beyond the last expert's rows.
+    expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+    # Where each expert's rows end. bincount would wait for the device, and Triton fails to compile
+    # Inductor's searchsorted.
+    offs = (expert <= torch.arange(num_experts, device=x.device)[:, None]).sum(1, dtype=torch.int32)
+
+    weight: Tensor = _Spread.apply(weights.reshape(-1, 1), order, inverse, 1)
+    rows: Tensor = _Spread.apply(x, order, inverse, picks)
+    if weigh_input:
+        rows = (rows * weight).to(x.dtype)
+    rows = grouped_linear(rows.to(up.dtype), up, offs)
+    if up_bias is not None:
+        rows = rows + _BiasRows.apply(up_bias, expert, offs)
+    rows = grouped_linear(activation(rows).to(down.dtype), down, offs)
+    if down_bias is not None:
+        rows = rows + _BiasRows.apply(down_bias, expert, offs)
+    if not weigh_input:
+        rows = rows * weight
+    out: Tensor = _Collect.apply(rows, order, inverse, picks)
+    return out.to(x.dtype)
+
+
+_IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
+    ops.attention: _attention,
+    ops.experts: _experts,
+    ops.gated_mlp: ops.gated_mlp.reference,
+    ops.rms_norm: _rms_norm,
+    ops.rotary: ops.rotary.reference,
+}
+"""Rotary and the gated MLP are their references: one is fused by Inductor, one is three GEMMs."""
+
+_SAME_DTYPE: dict[CanonicalOp[..., Any], tuple[str, ...]] = {
+    ops.attention: ("query", "key", "value", "mask", "sinks"),
+    ops.experts: ("up", "down", "up_bias", "down_bias"),
+}
+"""The arguments that torch's kernels want in the first one's dtype; a mask may also be bool."""
+
+
+@dataclass(frozen=True)
+class TorchProvider:
+    """Implementations on torch's public functions, for every device and dtype that torch has."""
+
+    name: str = "torch"
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """Refuse an op without an implementation, and arguments of mixed dtypes."""
+        if op not in _IMPLEMENTATIONS:
+            return Refuse(f"torch has no implementation of {op.name}")
+        if op is ops.attention and call.autocast is not None:
+            return None  # autocast gives every argument its dtype
+        arguments = call.arguments(op)
+        names = _SAME_DTYPE.get(op, ())
+        tensors = {n: arguments[n] for n in names if arguments[n] is not None}
+        for name, tensor in tensors.items():
+            first = arguments[names[0]].dtype
+            if tensor.dtype not in (first, torch.bool):
+                return Refuse(f"torch wants {name} as {first}, like {names[0]}: got {tensor.dtype}")
+        return None
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """The gated MLP is three GEMMs in any spelling."""
+        return "the original is the same three GEMMs" if op is ops.gated_mlp else None
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """The implementation of `op`."""
+        return _IMPLEMENTATIONS[op]

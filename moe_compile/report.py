@@ -1,0 +1,92 @@
+"""What `optimize` did, for people and for programs."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["rewritten", "kept", "refused"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One idiom in one group of identical layers.
+
+    Attributes:
+        module: the full name of the owner in the first layer of the group.
+        layers: how many layers have it.
+        kind: experts, router, rms_norm, attention, rope, mlp or loss.
+        pattern: the pattern that matched, or the nearest miss of a refused site; None if neither.
+        status: rewritten; kept (recognised, and the original is as fast); or refused.
+        reason: why it was not rewritten; None only when it was.
+        provider: who implements it; None if it was not rewritten.
+    """
+
+    module: str
+    layers: int
+    kind: str
+    pattern: str | None
+    status: Status
+    reason: str | None = None
+    provider: str | None = None
+
+
+@dataclass(frozen=True)
+class PassSummary:
+    """A pass over all captures: changes made, and nodes before and after it."""
+
+    name: str
+    changed: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `optimize` or `explain`. `str()` is a table, `to_json()` a dict."""
+
+    sites: tuple[Site, ...]
+    passes: tuple[PassSummary, ...]
+    captures: int
+    mesh: dict[str, int] = field(default_factory=dict[str, int])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and values."""
+        return {
+            "sites": [asdict(site) for site in self.sites],
+            "passes": [asdict(step) for step in self.passes],
+            "captures": self.captures,
+            "mesh": dict(self.mesh),
+            "seconds": dict(self.seconds),
+        }
+
+    def __str__(self) -> str:
+        header = ("module", "layers", "kind", "pattern", "status", "provider or reason")
+        rows = [_row(site) for site in self.sites]
+        lines = _table(header, rows)
+        if not any(site.kind == "experts" for site in self.sites):
+            lines.append("No mixture-of-experts block was found in this model.")
+        timing = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        lines.append(f"{self.captures} captures; {timing}")
+        return "\n".join(lines)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    why = site.provider if site.reason is None else site.reason
+    return (
+        site.module,
+        str(site.layers),
+        site.kind,
+        site.pattern or "-",
+        site.status,
+        why or "-",
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

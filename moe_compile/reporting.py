@@ -1,0 +1,106 @@
+"""Gathers the report from what the pipeline left behind."""
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from moe_compile.capture.group import Group
+from moe_compile.install.sites import Installation
+from moe_compile.report import PassSummary, Report, Site
+from moe_compile.rewrite.unit_graph import UnitGraph
+
+_SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
+
+
+def summarize(
+    groups: list[Group],
+    units: list[list[UnitGraph]],
+    installations: list[Installation],
+    seconds: dict[str, float],
+) -> Report:
+    """The report of one run."""
+    sites: list[Site] = []
+    for group, graphs in zip(groups, units, strict=True):
+        if group.problem is not None:
+            sites.append(_uncaptured(group))
+        if graphs:
+            sites += _routing_sites(group, graphs[0])
+    for installation in installations:
+        sites += installation.sites
+    order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
+    sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
+    captures = sum(map(len, units))
+    return Report(tuple(sites), _passes(units), captures, {}, dict(seconds))
+
+
+def _unit_of(site: Site, order: dict[str, int]) -> str:
+    return next((n for n in order if f"{site.module}.".startswith(f"{n}.")), "")
+
+
+def _uncaptured(group: Group) -> Site:
+    reason = f"the layer could not be captured: {group.problem}"
+    return Site(group.names[0], len(group.names), "experts", None, "refused", reason)
+
+
+def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
+    """Routers that feed experts are kept; a selection that feeds none is a refused site."""
+    routers = _routers(unit)
+    sites: dict[str, Site] = {}
+    for node in unit.graph.nodes:
+        if node.target not in _SELECTIONS:
+            continue
+        path = unit.owner(node)
+        name = f"{group.names[0]}.{path}" if path else group.names[0]
+        if path in routers:
+            reason = "it runs as written: the experts need only its ids and weights"
+            sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
+        elif path not in sites:
+            sites[path] = _unmatched(name, len(group.names), unit)
+    return list(sites.values())
+
+
+def _unmatched(name: str, layers: int, unit: UnitGraph) -> Site:
+    misses = [m for n, m in unit.near_misses.items() if n.endswith("experts") and m.matched > 0]
+    if not misses:
+        reason = "no known experts follow this selection"
+        return Site(name, layers, "experts", None, "refused", reason)
+    best = max(misses, key=lambda miss: miss.matched / max(miss.total, 1))
+    reason = f"{best.matched} of {best.total} operations fit; at {best.node}: {best.reason}"
+    return Site(name, layers, "experts", best.pattern, "refused", reason)
+
+
+def _routers(unit: UnitGraph) -> set[str]:
+    """The modules in which the experts' ids are selected."""
+    todo = [n.args[1] for n in unit.graph.nodes if n.meta.get("kind") == "experts"]
+    seen: set[fx.Node] = set()
+    found: set[str] = set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in _SELECTIONS:
+            found.add(unit.owner(node))
+        elif not _is_floating(node):
+            todo += node.all_input_nodes
+    return found
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _passes(units: list[list[UnitGraph]]) -> tuple[PassSummary, ...]:
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
+    for record in (r for graphs in units for unit in graphs for r in unit.records):
+        total = totals[record.name]
+        total[0] += record.changed
+        total[1] += record.nodes_before
+        total[2] += record.nodes_after
+        total[3] += record.seconds
+    return tuple(
+        PassSummary(name, int(changed), int(before), int(after), seconds)
+        for name, (changed, before, after, seconds) in totals.items()
+    )

@@ -1,0 +1,1 @@
+"""The rewrite engine: patterns, the matcher, facts and the pipeline of passes."""

@@ -1,0 +1,52 @@
+"""Captures the rewritten modules of a unit in its other call forms.
+
+The unit itself is captured once, in the model's training call. A mask, evaluation or autocast
+changes few of its modules: only those whose own call differs, or that ask for the mode, are
+captured again.
+"""
+
+import itertools
+from collections.abc import Hashable
+
+from moe_compile.capture.boundary import exit
+from moe_compile.capture.forms import observe
+from moe_compile.capture.group import Group
+from moe_compile.capture.probe import Call, units
+from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.trace import Mode, trace
+from moe_compile.rewrite.unit_graph import UnitGraph
+
+
+def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitGraph]:
+    """The owners of rewrites, captured in every foreseen call form that differs for them.
+
+    Evaluation is taken to call them as training does; where it does not, they run their own code.
+    """
+    unit, owners = units(shadow.model)[first.name], first.owners()
+    seen: set[Hashable] = set()
+    found: list[UnitGraph] = []
+    for number, (call, autocast) in enumerate(group.forms if owners else []):
+        calls = observe(shadow, unit, call, autocast, owners)
+        for training, (path, own) in itertools.product((True, False), calls.items()):
+            asks = first.mode_of(owners[path]).training is not None
+            mode = Mode(training if asks else None, autocast)
+            key, is_first = (path, own.key(), mode), number == 0 and training
+            if key not in seen and not is_first:
+                found.append(_capture(shadow, group, first, path, own, mode))
+            seen.add(key)
+    return found
+
+
+def _capture(
+    shadow: Shadow, group: Group, first: UnitGraph, path: str, call: Call, mode: Mode
+) -> UnitGraph:
+    module = units(shadow.model)[first.name].get_submodule(path)
+    observed = not _drops(first, first.owners()[path])
+    capture = trace(shadow, module, call, mode, group.matters, observed=observed)
+    return UnitGraph.of(first.name, capture, first.wanted_providers, path)
+
+
+def _drops(unit: UnitGraph, call: int) -> bool:
+    """Whether a rewrite removed an output of the call that nothing used."""
+    ends = next(n for n in unit.graph.nodes if n.target is exit and n.args[0] == call)
+    return None in ends.args

@@ -1,0 +1,44 @@
+"""What every raising pass does: find its idioms and replace them by canonical ops."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moe_compile.rewrite.facts import Fact
+from moe_compile.rewrite.matcher import NearMiss, find
+from moe_compile.rewrite.normal_form import normalize
+from moe_compile.rewrite.pattern import Pattern
+from moe_compile.rewrite.pipeline import Pass
+from moe_compile.rewrite.rewriter import apply
+from moe_compile.rewrite.unit_graph import UnitGraph
+
+
+@dataclass(frozen=True)
+class RaisePass(Pass):
+    """Raises the idioms of `patterns`, in their order."""
+
+    patterns: ClassVar[tuple[Pattern, ...]]
+
+    def run(self, unit: UnitGraph) -> int:
+        """Replaces every match; keeps the best near miss of each pattern."""
+        return sum(self._raise(pattern, unit) for pattern in self.patterns)
+
+    def _raise(self, pattern: Pattern, unit: UnitGraph) -> int:
+        miss = unit.near_misses.setdefault(pattern.name, NearMiss(pattern.name))
+        raised = 0
+        for match in find(pattern, unit.graph, miss, unit.mode):
+            apply(match, self.name)
+            raised += 1
+        if raised:
+            normalize(unit.graph)
+        return raised
+
+
+def none_left(name: str, *patterns: Pattern) -> Fact:
+    """The fact that none of the patterns matches any more."""
+
+    def holds(graph: fx.Graph) -> bool:
+        return not any(match for p in patterns for match in find(p, graph, NearMiss(p.name)))
+
+    return Fact(name, holds)

@@ -1,0 +1,20 @@
+"""The one way in which a pattern, a provider or the installer says no."""
+
+from typing import Any
+
+
+class Refuse(Exception):
+    """A pattern, provider or installer declines, with a reason for the report.
+
+    Attributes:
+        reason: one sentence that a model's author can act on.
+        node: the graph node that did not fit, where there is one.
+        depth: how many nodes had fitted before it, where they are counted.
+    """
+
+    depth: int = 0
+
+    def __init__(self, reason: str, node: Any = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node

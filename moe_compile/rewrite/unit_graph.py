@@ -1,0 +1,98 @@
+"""What the passes work on: one unit's graph, with what has been found in it."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from moe_compile.capture.boundary import ModuleCall
+from moe_compile.capture.trace import Capture, Mode
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.rewrite.matcher import NearMiss
+
+
+@dataclass
+class PassRecord:
+    """What one pass did to one graph: changes made, nodes before and after, canonical ops after."""
+
+    name: str
+    changed: int
+    nodes_before: int
+    nodes_after: int
+    ops: dict[str, int]
+    seconds: float
+
+
+@dataclass
+class UnitGraph:
+    """A capture on its way through the pipeline.
+
+    Attributes:
+        name: the unit's name in the model; `prefix`: the captured module's name inside the unit, ""
+            for the unit itself.
+        graph, calls, mode, reads: see `Capture`.
+        captured: the graph as it was traced, in normal form; `raised`: as it was before lowering.
+            Both are kept for verification.
+        near_misses: the best failed attempt of every pattern.
+    """
+
+    name: str
+    graph: fx.Graph
+    captured: fx.Graph
+    calls: list[ModuleCall]
+    mode: Mode
+    reads: dict[tuple[str, str], Any]
+    wanted_providers: dict[str, str] = field(default_factory=dict[str, str])
+    prefix: str = ""
+    raised: fx.Graph | None = None
+    near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
+    records: list[PassRecord] = field(default_factory=list[PassRecord])
+
+    @classmethod
+    def of(
+        cls, name: str, capture: Capture, wanted_providers: dict[str, str], prefix: str = ""
+    ) -> "UnitGraph":
+        """A capture before the first pass."""
+        graph, calls = copy_graph(capture.graph), capture.calls
+        reads, mode = capture.reads, capture.mode
+        return cls(name, graph, capture.graph, calls, mode, reads, wanted_providers, prefix)
+
+    def owner(self, node: fx.Node) -> str:
+        """The name, inside the unit, of the module whose call the node lies in."""
+        return self.path(node.meta["calls"][-1])
+
+    def path(self, call: int) -> str:
+        """The name, inside the unit, of the module that a call calls."""
+        path = self.calls[call].path
+        assert path is not None, "nothing is rewritten inside an autograd function"
+        return ".".join(filter(None, (self.prefix, path)))
+
+    def owners(self) -> dict[str, int]:
+        """The modules that hold lowered ops, each with its first call."""
+        found: dict[str, int] = {}
+        for node in self.graph.nodes:
+            if "op" in node.meta:
+                found.setdefault(self.owner(node), node.meta["calls"][-1])
+        return found
+
+    def mode_of(self, call: int) -> Mode:
+        """What a call was captured for: also the other mode, where no code in it asks for it."""
+        path = self.calls[call].path
+        asks = any(
+            name == "training" and (not path or f"{where}.".startswith(f"{path}."))
+            for where, name in self.reads
+        )
+        return self.mode if asks else replace(self.mode, training=None)
+
+    def ops(self) -> dict[str, int]:
+        """How many nodes there are of each canonical op."""
+        names = [n.target.name for n in self.graph.nodes if isinstance(n.target, CanonicalOp)]
+        return dict(Counter(names))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, with their notes, in a graph of their own."""
+    copy = fx.Graph()
+    copy.graph_copy(graph, {})
+    return copy

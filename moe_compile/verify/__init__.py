@@ -1,0 +1,1 @@
+"""Proofs and checks that a rewrite means the same as its original."""

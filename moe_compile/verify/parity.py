@@ -1,0 +1,257 @@
+"""Checks an installed function against the module that it replaces, on small real tensors.
+
+Programs on the same inputs and parameters: the module's own forward, the captured graph, the
+captured graph in float64, and the new function. The capture must compute what the module does;
+the error of every output and gradient of the new function against float64 may be at most twice
+the module's own, or 4 eps. `verify="full"` also proves the raised graph over a prime field.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_compile.capture.boundary import enter
+from moe_compile.capture.trace import autocast
+from moe_compile.capture.untouched import Untouched
+from moe_compile.install.cut import cut
+from moe_compile.install.emit import emit
+from moe_compile.install.forward import Variant
+from moe_compile.rewrite.normal_form import is_random
+from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.unit_graph import UnitGraph
+from moe_compile.verify import meanings as _register_meanings  # noqa: F401  # pyright: ignore
+from moe_compile.verify.oracle import Disproved, prove
+
+Program = Callable[..., Any]
+Values = dict[str, Tensor]
+
+_LIMIT_BYTES = 256 * 2**20
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+
+
+class Verifier:
+    """Verifies the variants of one unit on a copy of it; `level` is `OptimizeConfig.verify`."""
+
+    def __init__(self, unit: nn.Module, level: str) -> None:
+        self.level = level
+        self.enabled = _is_verifiable(unit, level)
+        self.unit = copy.deepcopy(unit) if self.enabled else unit
+
+    def check(self, graph: UnitGraph, call: int, variant: Variant) -> None:
+        """Refuses a variant that does not compute what the module computes."""
+        if not self.enabled or any(map(is_random, graph.captured.nodes)):
+            return
+        self.unit.train(graph.mode.training is not False)
+        owner = self.unit.get_submodule(graph.path(call))
+        call_args, tensors = self._inputs(graph, owner, variant)
+        captured = _program(graph, graph.captured, call)
+        with autocast(graph.mode, tensors[0].device):
+            new, used = run(variant.run, owner, tensors)
+            own, _ = run(_own_forward(call_args), owner, tensors, used)
+            same, _ = run(captured, owner, tensors, used)
+        eps = _epsilon(owner, tensors)
+        _check("the capture", _errors(same, own), {}, 16 * eps)
+        if self.level != "raise":
+            wide = _in_float64(captured, owner, tensors, used)
+            _check("the rewrite", _errors(new, wide), _errors(own, wide), 4 * eps)
+        if self.level in ("raise", "full"):
+            assert graph.raised is not None
+            _prove(captured, _program(graph, graph.raised, call), owner, tensors, used)
+
+    def _inputs(
+        self, graph: UnitGraph, owner: nn.Module, variant: Variant
+    ) -> tuple[Any, list[Tensor]]:
+        """The owner's arguments, and the tensors among them, in a run of what was captured."""
+        seen: list[Any] = []
+
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = variant.inputs(module, args, kwargs)
+            if tensors is not None:
+                seen.append(((args, kwargs), [t.detach() for t in tensors]))
+
+        handle = owner.register_forward_pre_hook(record, with_kwargs=True)
+        args, kwargs = _example_call(graph, next(self.unit.parameters()).device)
+        with torch.no_grad(), autocast(graph.mode, next(self.unit.parameters()).device):
+            self.unit.get_submodule(graph.prefix)(*args, **kwargs)
+        handle.remove()
+        if not seen:
+            raise Refuse("a real call of the module differs from the captured one")
+        return seen[0]
+
+
+def run(
+    program: Program, owner: nn.Module, tensors: Sequence[Tensor], used: list[int] | None = None
+) -> tuple[Values, list[int]]:
+    """Outputs and gradients of `program(owner, *tensors)`.
+
+    Args:
+        used: which leaves of the result count; by default every floating tensor, and returned.
+    """
+    inputs = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    torch.manual_seed(0)
+    leaves = pytree.tree_leaves(program(owner, *inputs))
+    if used is None:
+        used = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
+    outputs = [leaves[i] for i in used]
+    sources = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
+    sources |= {n: p for n, p in owner.named_parameters() if p.requires_grad}
+    cotangents = [torch.randn(o.shape, generator=_seeded(i)).to(o) for i, o in enumerate(outputs)]
+    differentiable = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    grads = torch.autograd.grad(
+        [o for o, _ in differentiable],
+        list(sources.values()),
+        [c for _, c in differentiable],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    named = {f"output {i}": o.detach() for i, o in zip(used, outputs, strict=True)}
+    return named | {f"gradient of {n}": g for n, g in zip(sources, grads, strict=True)}, used
+
+
+def _program(unit: UnitGraph, stage: fx.Graph, call: int) -> Program:
+    """One call as it stood at an earlier stage of the unit's graph."""
+    return emit(cut(dataclasses.replace(unit, graph=stage), call).graph, "stage")
+
+
+def _is_verifiable(unit: nn.Module, level: str) -> bool:
+    parameters = list(unit.parameters())
+    if level == "off" or not parameters or any(p.is_meta for p in parameters):
+        return False
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return level != "auto" or size <= _LIMIT_BYTES
+
+
+def _own_forward(call_args: tuple[tuple[Any, ...], dict[str, Any]]) -> Program:
+    """The module's class's forward, as a program of the tensors among its arguments."""
+    leaves, spec = pytree.tree_flatten(call_args)
+
+    def program(owner: nn.Module, *tensors: Tensor) -> Any:
+        fresh = iter(tensors)
+        filled = [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return type(owner).forward(owner, *args, **kwargs)
+
+    return program
+
+
+def _example_call(graph: UnitGraph, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Small random arguments of the unit, of the form that was captured."""
+    call = graph.calls[0]
+    begins = next(n for n in graph.captured.nodes if n.target is enter and n.args[0] == 0)
+    leaves = list(call.inputs)
+    for position, node in zip(call.tensor_inputs, begins.args[1:], strict=True):
+        leaves[position] = _example(node.meta["val"], device)
+    args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
+    return args, {n: v for n, v in kwargs.items() if not isinstance(v, Untouched)}
+
+
+def _example(fake: Tensor, device: torch.device) -> Tensor:
+    """Random numbers; a causal mask for booleans; positions for integers."""
+    shape: list[Any] = list(fake.shape)
+    sizes = [s if isinstance(s, int) else s.node.hint for s in shape]
+    generator = _seeded(len(sizes))
+    if fake.is_floating_point():
+        return torch.randn(sizes, generator=generator).to(device, fake.dtype)
+    if fake.dtype == torch.bool:
+        return torch.ones(sizes, dtype=torch.bool, device=device).tril()
+    return torch.arange(sizes[-1], device=device).expand(sizes).to(fake.dtype)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class _Float64(TorchDispatchMode):
+    """Turns casts to narrower floats into casts to float64."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def _in_float64(
+    program: Program, owner: nn.Module, tensors: list[Tensor], used: list[int]
+) -> Values:
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    with _Float64():
+        return run(program, copy.deepcopy(owner).double(), wide, used)[0]
+
+
+def _errors(values: Values, reference: Values) -> dict[str, float]:
+    """The relative L2 error of every value."""
+    return {name: _relative(value, reference[name]) for name, value in values.items()}
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    difference = (value.double() - reference.double()).norm().item()
+    norm = reference.double().norm().item()
+    return difference / norm if norm > 0 else difference
+
+
+def _check(what: str, errors: dict[str, float], allowed: dict[str, float], floor: float) -> None:
+    for name, error in errors.items():
+        limit = max(2 * allowed.get(name, 0.0), floor)
+        if not error <= limit:  # also refuses NaN
+            raise Refuse(
+                f"verification failed: {what} has an error of {error:.1e} in {name}, "
+                f"the limit is {limit:.1e}"
+            )
+
+
+def _epsilon(owner: nn.Module, tensors: list[Tensor]) -> float:
+    """The rounding of the coarsest float that takes part."""
+    dtypes = {t.dtype for t in [*tensors, *owner.parameters()] if t.is_floating_point()}
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        dtypes.add(torch.get_autocast_dtype(tensors[0].device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _prove(
+    before: Program, after: Program, owner: nn.Module, tensors: list[Tensor], used: list[int]
+) -> None:
+    """The exact proof, with the owner's parameters as inputs."""
+    module = copy.deepcopy(owner).double()
+    names = [name for name, _ in module.named_parameters()]
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+
+    def function(program: Program) -> Program:
+        def call(*values: Tensor) -> list[Tensor]:
+            holder = _Holder(module, program)
+            state = {f"module.{n}": v for n, v in zip(names, values[len(wide) :], strict=True)}
+            result = torch.func.functional_call(holder, state, values[: len(wide)])
+            leaves = pytree.tree_leaves(result)
+            return [leaves[i] for i in used]
+
+        return call
+
+    parameters = [p.detach() for p in module.parameters()]
+    try:
+        prove(function(before), function(after), [*wide, *parameters])
+    except Disproved as disproof:
+        raise Refuse(f"disproved over a prime field: {disproof}") from None
+
+
+class _Holder(nn.Module):
+    """Gives a program of a module the calling convention of a module."""
+
+    def __init__(self, module: nn.Module, program: Program) -> None:
+        super().__init__()
+        self.module = module
+        self.program = program
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.program(self.module, *tensors)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,39 @@
+"""The passes, one a file, and their default order."""
+
+from moe_compile.passes.choose_providers import ChooseProviders
+from moe_compile.passes.facts import LOWERED
+from moe_compile.passes.lower import Lower
+from moe_compile.passes.normalize import Normalize
+from moe_compile.passes.raise_attention import RaiseAttention
+from moe_compile.passes.raise_experts import RaiseExperts
+from moe_compile.passes.raise_mlps import RaiseMLPs
+from moe_compile.passes.raise_norms import RaiseNorms
+from moe_compile.passes.raise_rotary import RaiseRotary
+from moe_compile.rewrite.pipeline import Pipeline
+
+PIPELINE = Pipeline(
+    (
+        Normalize(),
+        RaiseExperts(),
+        RaiseNorms(),
+        RaiseRotary(),
+        RaiseAttention(),
+        RaiseMLPs(),
+        ChooseProviders(),
+        Lower(),
+    ),
+    needs_at_end=frozenset({LOWERED}),
+)
+"""The default order. It is immutable; `without`, `before`, `after` and `replace` give new ones."""
+
+__all__ = [
+    "PIPELINE",
+    "ChooseProviders",
+    "Lower",
+    "Normalize",
+    "RaiseAttention",
+    "RaiseExperts",
+    "RaiseMLPs",
+    "RaiseNorms",
+    "RaiseRotary",
+]

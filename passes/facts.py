@@ -1,0 +1,37 @@
+"""The facts that the built-in passes trade in."""
+
+from torch import fx
+
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.patterns import (
+    EagerAttention,
+    GatedMLP,
+    GroupedExperts,
+    RMSNorm,
+    RotaryHalf,
+    RotarySplit,
+    SDPAAttention,
+)
+from moe_compile.rewrite.facts import Fact
+from moe_compile.rewrite.normal_form import is_normal
+from moe_compile.rewrite.raising import none_left
+
+
+def _lowered(graph: fx.Graph) -> bool:
+    return not any(isinstance(node.target, CanonicalOp) for node in graph.nodes)
+
+
+def _planned(graph: fx.Graph) -> bool:
+    return all(
+        "provider" in node.meta for node in graph.nodes if isinstance(node.target, CanonicalOp)
+    )
+
+
+NORMALIZED = Fact("normalized", is_normal)
+NORMS_RAISED = none_left("norms_raised", RMSNorm())
+ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
+ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
+MLPS_RAISED = none_left("mlps_raised", GatedMLP())
+EXPERTS_RAISED = none_left("experts_raised", GroupedExperts())
+PLANNED = Fact("planned", _planned)
+LOWERED = Fact("lowered", _lowered)

@@ -1,0 +1,19 @@
+"""The idioms that moe_compile knows, one a file."""
+
+from moe_compile.patterns.eager_attention import EagerAttention
+from moe_compile.patterns.gated_mlp import GatedMLP
+from moe_compile.patterns.grouped_experts import GroupedExperts
+from moe_compile.patterns.rms_norm import RMSNorm
+from moe_compile.patterns.rotary_half import RotaryHalf
+from moe_compile.patterns.rotary_split import RotarySplit
+from moe_compile.patterns.sdpa_attention import SDPAAttention
+
+__all__ = [
+    "EagerAttention",
+    "GatedMLP",
+    "GroupedExperts",
+    "RMSNorm",
+    "RotaryHalf",
+    "RotarySplit",
+    "SDPAAttention",
+]

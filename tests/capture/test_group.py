@@ -1,0 +1,102 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe_compile
+from moe_compile.capture.group import Group, group
+from moe_compile.capture.probe import probe
+from moe_compile.capture.shadow import cast_shadow
+from tests.families import build
+from tests.pairs import check_close, make_pair
+
+
+class Layer(nn.Module):
+    """A norm whose result is scaled by a plain attribute."""
+
+    def __init__(self, index: int, scale: float, limit: int | None = None) -> None:
+        super().__init__()
+        self.layer_idx = index
+        self.scale = scale
+        self.limit = limit
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = self.weight * y.to(x.dtype)
+        if self.limit is not None and x.shape[1] > self.limit:
+            y = -y
+        return x + y * self.scale
+
+
+class Model(nn.Module):
+    def __init__(self, scales: list[float], limit: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(i, scale, limit) for i, scale in enumerate(scales))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def random(length: int = 6, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(length))
+
+
+def groups(model: nn.Module, *example: Tensor) -> list[Group]:
+    shadow = cast_shadow(model)
+    return group(shadow, probe(shadow, example or None))
+
+
+def names(model: nn.Module) -> list[list[str]]:
+    return [found.names for found in groups(model, random())]
+
+
+def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model(x)
+    output.square().sum().backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach()} | named
+
+
+def test_layers_that_differ_in_their_index_alone_share_a_group() -> None:
+    assert names(Model([1.0, 1.0, 1.0])) == [["layers.0", "layers.1", "layers.2"]]
+
+
+def test_layers_that_differ_in_an_attribute_do_not() -> None:
+    found = names(Model([1.0, 2.0, 1.0, 2.0]))
+    assert found == [["layers.0", "layers.2"], ["layers.1", "layers.3"]]
+
+
+def test_the_attribute_is_honoured() -> None:
+    models = make_pair(Model([1.0, 2.0, 1.0]), example_inputs=(random(),))
+    check_close(run(models.optimized, random()), run(models.original, random()))
+    assert [s.status for s in moe_compile.report(models.optimized).sites] == ["rewritten"] * 2
+
+
+def test_an_attribute_changed_afterwards_is_honoured() -> None:
+    models = make_pair(Model([1.0, 1.0]), example_inputs=(random(),))
+    for model in (models.optimized, models.original):
+        model.layers[1].scale = 3.0
+    check_close(run(models.optimized, random()), run(models.original, random()))
+
+
+def test_captures_do_not_grow_with_depth() -> None:
+    shallow, deep = (
+        groups(build("mixtral", torch.bfloat16, num_hidden_layers=depth)) for depth in (2, 6)
+    )
+    assert [g.capture is not None for g in shallow] == [g.capture is not None for g in deep]
+    layers = [len(g.names) for g in deep if "layers" in g.names[0]]
+    assert layers == [6]
+
+
+@pytest.mark.parametrize("example", [6, 12])
+def test_a_question_about_sizes_is_asked_again(example: int) -> None:
+    models = make_pair(Model([1.0, 1.0], limit=8), example_inputs=(random(example),))
+    for length, batch in itertools.product((1, 7, 8, 9, 15), (1, 3)):
+        x = random(length, batch)
+        check_close(run(models.optimized, x), run(models.original, x))

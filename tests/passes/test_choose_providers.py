@@ -1,0 +1,40 @@
+import pytest
+
+from moe_compile.passes import ChooseProviders, RaiseNorms
+from moe_compile.passes.facts import NORMALIZED, PLANNED
+from moe_compile.rewrite.unit_graph import UnitGraph
+from tests.patterns.harness import canonical_node
+from tests.patterns.idioms import norm_unit
+
+
+def raised_unit() -> UnitGraph:
+    unit = norm_unit()
+    assert RaiseNorms().run(unit) == 1
+    return unit
+
+
+def test_gives_its_fact_and_changes_no_operation() -> None:
+    unit = raised_unit()
+    before = str(unit.graph)
+    assert not PLANNED.holds(unit.graph)
+    assert ChooseProviders().run(unit) == 1
+    assert PLANNED.holds(unit.graph)
+    assert str(unit.graph) == before
+    assert ChooseProviders.needs == {NORMALIZED}
+    assert ChooseProviders.gives == {PLANNED}
+
+
+def test_notes_the_provider_and_its_implementation() -> None:
+    unit = raised_unit()
+    ChooseProviders().run(unit)
+    meta = canonical_node(unit).meta
+    assert meta["provider"] == "torch"
+    assert callable(meta["implementation"])
+    assert "keeps" in meta
+
+
+def test_refuses_a_provider_that_does_not_exist() -> None:
+    unit = raised_unit()
+    unit.wanted_providers = {"rms_norm": "elsewhere"}
+    with pytest.raises(ValueError, match="no provider is called 'elsewhere'"):
+        ChooseProviders().run(unit)

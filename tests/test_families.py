@@ -1,0 +1,242 @@
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import moe_compile
+from tests.families import FAMILIES
+from tests.pairs import Pair, check_close, error, inputs, pair, step, token_ids
+
+Routing = dict[str, tuple[Tensor, Tensor]]
+DTYPES = [torch.float32, torch.bfloat16]
+matrix = pytest.mark.matrix  # `make families` runs everything, `make test` a sample
+FORMS = ["two rows", pytest.param("one row", marks=matrix), pytest.param("padded", marks=matrix)]
+STANCES = [
+    pytest.param("force_eager", id="eager"),
+    pytest.param("default", id="compiled", marks=matrix),
+]
+
+families = pytest.mark.parametrize("family", FAMILIES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+stances = pytest.mark.parametrize("stance", STANCES)
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def call_of(form: str) -> dict[str, Any]:
+    if form == "one row":
+        return inputs(batch=1, length=9)
+    if form == "two rows":
+        return inputs()
+    call = inputs()
+    mask = torch.ones_like(call["input_ids"])
+    mask[0, -3:] = 0
+    return call | {"attention_mask": mask, "labels": call["labels"].masked_fill(mask == 0, -100)}
+
+
+def experts_of(models: Pair) -> list[str]:
+    """The names of every experts module: as many as the report's sites have layers."""
+    sites = [s for s in moe_compile.report(models.optimized).sites if s.kind == "experts"]
+    classes = {type(models.original.get_submodule(site.module)) for site in sites}
+    names = [n for n, m in models.original.named_modules() if type(m) in classes]
+    assert len(names) == sum(site.layers for site in sites) > 0
+    return names
+
+
+@contextlib.contextmanager
+def hooks(model: nn.Module, names: list[str], make: Callable[[str], Any]) -> Generator[None]:
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_pre_hook(make(name))
+            stack.callback(handle.remove)
+        yield
+
+
+def recorded_routing(model: nn.Module, names: list[str], call: dict[str, Any]) -> Routing:
+    """Expert ids and weights, as the experts modules of one forward got them."""
+    found: Routing = {}
+
+    def recorder(name: str) -> Any:
+        def record(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            found[name] = args[1].clone(), args[2].detach().clone()
+
+        return record
+
+    with hooks(model, names, recorder), torch.no_grad():
+        model(**call)
+    assert len(found) == len(names)
+    return found
+
+
+def replayed(model: nn.Module, routing: Routing, run: Callable[[], Any]) -> Any:
+    """`run()` while the experts of `model` get the recorded ids and weights."""
+
+    def replay(_: str) -> Any:
+        def force(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> Any:
+            ids, weights = module.forced_routing
+            return args[0], ids, weights.to(args[2].dtype)
+
+        return force
+
+    for name, forced in routing.items():
+        vars(model.get_submodule(name))["forced_routing"] = forced
+    with hooks(model, list(routing), replay):
+        return run()
+
+
+def check_against_float64(models: Pair, call: dict[str, Any], autocast: bool = False) -> None:
+    """Every output and gradient: at most twice the original's own error, or 4 eps."""
+    ambient = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    wide = copy.deepcopy(models.original).double()
+    wide.set_experts_implementation("eager")  # grouped_mm takes no float64
+    with ambient:
+        routing = recorded_routing(models.original, experts_of(models), call)
+        own, new = (
+            replayed(model, routing, lambda model=model: step(model, **call))
+            for model in (models.original, models.optimized)
+        )
+    exact = replayed(wide, routing, lambda: step(wide, **call))
+    assert new.keys() == own.keys()
+    floor = 4 * torch.finfo(torch.bfloat16).eps
+    wrong = {
+        name: (error(value, exact[name]), limit)
+        for name, value in new.items()
+        if not error(value, exact[name]) <= (limit := max(floor, 2 * error(own[name], exact[name])))
+    }
+    assert wrong == {}
+
+
+def rewritten_owners(model: nn.Module) -> int:
+    """How many modules of the model run rewritten code."""
+    sites = [s for s in moe_compile.report(model).sites if s.status == "rewritten"]
+    return sum({site.module: site.layers for site in sites}.values())
+
+
+def generated_calls(run: Callable[[], Any]) -> int:
+    """How many functions that the library wrote were called."""
+    names: list[str] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith("<moe_compile"):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return sum(name.endswith("_forward") for name in names)
+
+
+@families
+@dtypes
+def test_every_site_is_rewritten(family: str, dtype: torch.dtype) -> None:
+    models = pair(family, dtype, compiled=True)
+    sites = moe_compile.report(models.optimized).sites
+    assert [site for site in sites if site.status == "refused"] == []
+    for kind in ("experts", "rms_norm", "attention"):
+        found = [site for site in sites if site.kind == kind]
+        assert {site.status for site in found} == {"rewritten"}, kind
+
+
+@families
+def test_every_norm_attention_and_experts_module_has_a_site(family: str) -> None:
+    models = pair(family, compiled=True)
+    sites = moe_compile.report(models.optimized).sites
+    norms = [m for m in models.original.modules() if _is_rms_norm(m)]
+    assert sum(s.layers for s in sites if s.kind == "rms_norm") == len(norms)
+    attentions = [m for m in models.original.modules() if hasattr(m, "o_proj")]
+    assert sum(s.layers for s in sites if s.kind == "attention") == len(attentions)
+    assert len(experts_of(models)) > 0
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+@families
+@forms
+@stances
+def test_fp32_equals_the_original(family: str, form: str, stance: Any) -> None:
+    models, call = pair(family, compiled=True), call_of(form)
+    names = experts_of(models)
+    with torch.compiler.set_stance(stance):
+        left, right = (
+            recorded_routing(model, names, call) for model in (models.optimized, models.original)
+        )
+        for name in names:
+            assert torch.equal(left[name][0], right[name][0]), "routing flipped"
+        check_close(step(models.optimized, **call), step(models.original, **call))
+
+
+@families
+@forms
+@stances
+def test_bf16_is_as_exact_as_the_original(family: str, form: str, stance: Any) -> None:
+    with torch.compiler.set_stance(stance):
+        check_against_float64(pair(family, torch.bfloat16, compiled=True), call_of(form))
+
+
+@families
+@stances
+def test_autocast_is_as_exact_as_the_original(family: str, stance: Any) -> None:
+    with torch.compiler.set_stance(stance):
+        check_against_float64(pair(family, compiled=True), call_of("two rows"), autocast=True)
+
+
+@families
+@stances
+def test_evaluation(family: str, stance: Any) -> None:
+    models = pair(family, compiled=True).copies()
+    with torch.no_grad(), torch.compiler.set_stance(stance):
+        left, right = (
+            model.eval()(token_ids(2, 11), use_cache=False).logits
+            for model in (models.optimized, models.original)
+        )
+    assert error(left, right) < 1e-5
+
+
+@matrix
+@families
+@dtypes
+@forms
+def test_the_rewritten_code_is_what_runs(family: str, dtype: torch.dtype, form: str) -> None:
+    model, call = pair(family, dtype, compiled=True).optimized, call_of(form)
+    with torch.compiler.set_stance("force_eager"):
+        assert generated_calls(lambda: model(**call)) == rewritten_owners(model)
+
+
+@matrix
+@families
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_rewritten_code_runs_in_evaluation_and_autocast(family: str, autocast: bool) -> None:
+    model = pair(family, compiled=True).copies().optimized.train(mode=autocast)
+    ambient = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.compiler.set_stance("force_eager"), ambient:
+        calls = generated_calls(lambda: model(token_ids(), use_cache=False))
+    assert calls == rewritten_owners(model)
+
+
+@families
+@dtypes
+def test_save_and_reload(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    models = pair(family, dtype, compiled=True)
+    models.original.save_pretrained(tmp_path / "original")
+    models.optimized.save_pretrained(tmp_path / "optimized")
+    saved, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("optimized", "original")
+    )
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in saved.items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "optimized").state_dict()
+    original = models.original.state_dict()
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(tensor, original[key]) for key, tensor in loaded.items())

@@ -1,0 +1,104 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe_compile
+from moe_compile.report import Report
+from tests.pairs import pair
+
+KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "loss"}
+SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"}
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return moe_compile.report(pair("qwen3_moe", num_hidden_layers=2).optimized)
+
+
+@pytest.fixture(scope="module")
+def document(report: Report) -> dict[str, Any]:
+    return report.to_json()
+
+
+def test_it_is_json(document: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_it_has_the_documented_structure(document: dict[str, Any]) -> None:
+    assert set(document) == {"sites", "passes", "mesh", "seconds"} | {"captures"}
+    assert document["mesh"] == {}
+    assert [set(site) for site in document["sites"]] == [SITE] * len(document["sites"])
+    assert [step["name"] for step in document["passes"]] == moe_compile.PIPELINE.names()
+    assert all(isinstance(value, float) for value in document["seconds"].values())
+    assert {"probe", "trace", "passes", "verify", "install", "compile"} == set(document["seconds"])
+
+
+def test_every_value_is_one_of_the_documented(document: dict[str, Any]) -> None:
+    for site in document["sites"]:
+        assert site["kind"] in KINDS
+        assert site["status"] in {"rewritten", "kept", "refused"}
+        assert (site["reason"] is None) == (site["status"] == "rewritten")
+        assert (site["provider"] is not None) == (site["status"] == "rewritten")
+
+
+def test_layers_add_up(document: dict[str, Any]) -> None:
+    def layers(kind: str) -> int:
+        return sum(site["layers"] for site in document["sites"] if site["kind"] == kind)
+
+    assert layers("experts") == layers("router") == layers("mlp") == 1
+    assert layers("attention") == layers("rope") == 2
+    assert layers("rms_norm") == 2 * 4 + 1
+
+
+def test_a_site_names_a_module_once_per_kind(document: dict[str, Any]) -> None:
+    named = dict(pair("qwen3_moe", num_hidden_layers=2).optimized.named_modules())
+    keys = [(site["module"], site["kind"]) for site in document["sites"]]
+    assert len(set(keys)) == len(keys)
+    assert all(module in named for module, _ in keys)
+
+
+def test_str_is_a_table(report: Report) -> None:
+    header, rule, *rows = str(report).splitlines()
+    assert header.split("  ")[0] == "module"
+    assert set(rule) == {"-", " "}
+    starts = [i for i, c in enumerate(rule) if c == "-" and (i == 0 or rule[i - 1] == " ")]
+    assert len(starts) == 6
+    for row, site in zip(rows, report.sites, strict=False):
+        cells = [row[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        expected = [site.module, str(site.layers), site.kind, site.pattern or "-", site.status]
+        assert cells[:5] == expected
+        assert cells[5] == (site.provider if site.reason is None else site.reason)
+    assert len(rows) == len(report.sites) + 1
+
+
+class OddExperts(nn.Module):
+    """Routing by top-k or argmax into a mixture that no pattern knows."""
+
+    def __init__(self, select: str) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.scales = nn.Parameter(torch.rand(4, 8) + 0.5)
+        self.select = select
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).softmax(-1)
+        if self.select == "argmax":
+            return x + self.scales[scores.argmax(-1)]
+        weights, ids = scores.topk(2)
+        return x + (self.scales[ids] * weights.unsqueeze(-1)).sum(-2)
+
+
+@pytest.mark.parametrize("select", ["topk", "argmax"])
+def test_routing_into_unknown_experts_is_a_refused_site(select: str) -> None:
+    model = nn.Sequential(nn.ModuleList([OddExperts(select)])[0])
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    report = moe_compile.report(moe_compile.optimize(model, example_inputs=(x,)))
+    found = [site for site in report.sites if site.kind == "experts"]
+    assert [(site.module, site.layers, site.status) for site in found] == [("0", 1, "refused")]
+    assert found[0].reason
+    assert found[0].reason in str(report)
+    assert torch.equal(model(x), expected)

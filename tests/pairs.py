@@ -40,13 +40,13 @@ def pair(
     return make_pair(build(family, dtype, **options), COMPILED if compiled else None)
 
 
-def token_ids(batch: int = 2, length: int = 10) -> Tensor:
-    return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(0))
+def token_ids(batch: int = 2, length: int = 10, seed: int = 0) -> Tensor:
+    return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(batch: int = 2, length: int = 10) -> dict[str, Any]:
+def inputs(batch: int = 2, length: int = 10, seed: int = 0) -> dict[str, Any]:
     """A training call; without a cache, which would run uncompiled."""
-    ids = token_ids(batch, length)
+    ids = token_ids(batch, length, seed)
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
@@ -61,8 +61,9 @@ def step(model: nn.Module, **call: Any) -> dict[str, Tensor]:
 
 def error(value: Tensor, reference: Tensor) -> float:
     """The relative L2 error."""
-    difference = (value.double() - reference.double()).norm().item()
-    norm = reference.double().norm().item()
+    reference = reference.double().cpu()
+    difference = (value.double().cpu() - reference).norm().item()
+    norm = reference.norm().item()
     return difference / norm if norm > 0 else difference
 
 

@@ -155,8 +155,8 @@ LORA: dict[str, dict[str, Any]] = {
 }
 
 
-# PEFT turns a model's fused experts into rank patterns and warns when nothing matches them.
-pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+# PEFT turns a model's fused experts into patterns and warns when nothing matches them.
+pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 
 
 def with_lora(model: Any, target: str) -> Any:

@@ -69,7 +69,7 @@ def test_generate_with_a_cache(both: Pair) -> None:
 
 
 @pytest.mark.usefixtures("few_recompiles")
-def test_twelve_layers_do_not_hit_a_recompile_limit() -> None:
+def test_twelve_layers_do_not_hit_a_recompile_limit(caplog: pytest.LogCaptureFixture) -> None:
     models = compiled().copies()
     for length in (10, 17, 10):
         check_close(
@@ -84,6 +84,7 @@ def test_twelve_layers_do_not_hit_a_recompile_limit() -> None:
             {"logits": models.original(token_ids(1, 13), use_cache=False).logits},
         )
     assert torch.equal(generate(models.optimized), generate(models.original))
+    assert "uncompiled" not in caplog.text
 
 
 def test_the_router_logits_and_the_auxiliary_loss(both: Pair) -> None:
@@ -183,6 +184,16 @@ def check_lora(optimized: Any, original: Any) -> None:
 @pytest.mark.parametrize("target", LORA)
 def test_lora_added_afterwards(both: Pair, target: str) -> None:
     check_lora(with_lora(both.optimized, target), with_lora(both.original, target))
+
+
+def test_a_layer_that_cannot_be_traced_says_that_it_runs_uncompiled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models = compiled().copies()
+    step(models.optimized, **inputs())
+    assert "uncompiled" not in caplog.text
+    step(with_lora(models.optimized, "experts"), **inputs())
+    assert "runs uncompiled: torch.compile cannot trace it: Unsupported" in caplog.text
 
 
 @pytest.mark.parametrize("target", LORA)

@@ -3,7 +3,8 @@
 Dynamo keeps what it compiled for each code object and gives up after eight versions. All layers
 of one class share one code object, so each group gets its own copy of the entry point, and each
 way of calling it (training, gradients, masks) too. Calls with a cache, whose shapes change with
-every token, run uncompiled. Only `forward` is compiled: hooks on the layer itself stay outside.
+every token, run uncompiled, and so do layers that Dynamo cannot trace, with a warning. Only
+`forward` is compiled: hooks on the layer itself stay outside.
 """
 
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
@@ -56,8 +58,13 @@ def _entry(
             return function(self, *args, **kwargs)
         if way not in compiled:
             compiled[way] = torch.compile(_copy(function, number, len(compiled)), **options)
-        with hf.recording_inside():
-            return compiled[way](self, *args, **kwargs)
+        try:
+            with hf.recording_inside():
+                return compiled[way](self, *args, **kwargs)
+        except Unsupported as error:
+            compiled[way] = function
+            _warn_about_code(self, error)
+        return function(self, *args, **kwargs)
 
     return forward
 
@@ -73,6 +80,15 @@ def _way(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Has
     device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
     ambient = (torch.is_grad_enabled(), torch.is_autocast_enabled(device))
     return layer.training, ambient, str(spec), kinds
+
+
+def _warn_about_code(layer: nn.Module, error: Exception) -> None:
+    """What was put into a layer afterwards, such as LoRA on expert weights, may be untraceable."""
+    _LOG.warning(
+        "a %s runs uncompiled: torch.compile cannot trace it: %s",
+        type(layer).__name__,
+        " ".join(str(error).splitlines()[:2]),
+    )
 
 
 def _warn_about_cache() -> None:

@@ -9,25 +9,21 @@ from moe_compile.ops.canonical import canonical
 @canonical
 def dispatch(
     x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Send each token once to every rank that owns one of its experts.
 
-    The reference is the meaning for a group of ONE rank, the identity. No provider for more ranks
-    exists in this release.
+    The reference is the meaning for a group of one rank, where every token is at home.
 
     Args:
-        x: [T, H], this rank's tokens.
+        x: [T, H], this rank's tokens; T may be 0, and differ between ranks.
         ids: [T, K], experts in 0..num_experts-1, or -1 for none.
         weights: [T, K].
         num_experts: Over the whole group; rank r owns an equal and contiguous part of them.
-        group: Name of the process group.
+        group: Name of the process group, of which all ranks make this call.
 
     Returns:
         rows [U, H], the tokens received; their ids [U, K], counted from this rank's first expert,
-        or -1 for an expert that lives elsewhere; their weights [U, K]; and for `combine` the source
-        [V], the token of each row sent, and the splits [2, ranks], the rows sent to and received
-        from each rank.
+        or -1 for an expert that lives elsewhere; their weights [U, K], of which those of other
+        ranks' experts mean nothing; and the handle, tensors that only `combine` reads.
     """
-    tokens = x.shape[0]
-    source = torch.arange(tokens, device=x.device)
-    return x, ids, weights, source, torch.full((2, 1), tokens, dtype=torch.int64)
+    return x, ids, weights, [torch.arange(x.shape[0], device=x.device)]

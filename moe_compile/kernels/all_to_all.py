@@ -1,0 +1,150 @@
+"""Dispatch and combine on `all_to_all_single`: one copy of a token to each rank that needs it.
+
+Three custom ops without state. `all_to_all_dispatch` returns as plain tensors all that the way back
+needs, so a graph that holds them can be traced again, recomputed and reordered:
+
+* the backward of dispatch is `all_to_all_combine` with the weights' gradient beside the rows';
+* the backward of combine is `all_to_all_redispatch`, whose sizes are known already.
+
+Every rank of the group must make each call, with any number of tokens. Dispatch waits for the
+device once, to learn how many rows come.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of a name, as graphs hold it."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+@torch.library.custom_op("moe_compile::all_to_all_dispatch", mutates_args=())
+def all_to_all_dispatch(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`.
+
+    Returns:
+        rows [U, H], local ids [U, K], weights [U, K]; and for the way back the source [V], the
+        token of each row sent, in the order of ranks, and the splits [2, ranks], on the CPU: the
+        rows sent to and received from each rank.
+    """
+    ranks = process_group(group)
+    local, first = num_experts // ranks.size(), num_experts // ranks.size() * ranks.rank()
+    owner = torch.where(ids >= 0, ids // local, -1)
+    is_sent = (owner == torch.arange(ranks.size(), device=ids.device)[:, None, None]).any(-1)
+    source = is_sent.nonzero()[:, 1].clone()  # contiguous() may keep the offset
+    sent = is_sent.sum(1).cpu()
+    received = torch.empty_like(sent)
+    _exchange_counts(received, sent, ids.device, ranks)
+    outs, ins = received.tolist(), sent.tolist()
+    rows, their_ids, their_weights = (
+        _exchange(t.index_select(0, source), outs, ins, ranks) for t in (x, ids, weights)
+    )
+    is_here = (their_ids >= first) & (their_ids < first + local)
+    local_ids = torch.where(is_here, their_ids - first, -1)
+    return rows, local_ids, their_weights, source, torch.stack((sent, received))
+
+
+def _exchange_counts(
+    received: Tensor, sent: Tensor, device: torch.device, ranks: dist.ProcessGroup
+) -> None:
+    """The counts travel on the data's device, which is what the group's backend can send."""
+    incoming = received.to(device)
+    dist.all_to_all_single(incoming, sent.to(device), group=ranks)
+    received.copy_(incoming)
+
+
+@torch.library.custom_op("moe_compile::all_to_all_combine", mutates_args=())
+def all_to_all_combine(
+    y: Tensor, weights: Tensor | None, source: Tensor, splits: Tensor, num_tokens: int, group: str
+) -> tuple[Tensor, Tensor]:
+    """Return rows y [U, H], and weights [U, K] where given, and sum those of each token.
+
+    Returns:
+        [num_tokens, H] and [num_tokens, K], or [0, 0] without weights.
+    """
+    ranks = process_group(group)
+    sent, received = splits.tolist()
+    # A token's rows are summed in float32, as they would be where all its experts are at home.
+    back = _exchange(y, sent, received, ranks).to(torch.promote_types(y.dtype, torch.float32))
+    out = back.new_zeros(num_tokens, y.shape[1]).index_add_(0, source, back).to(y.dtype)
+    if weights is None:
+        return out, y.new_empty(0, 0)
+    back = _exchange(weights, sent, received, ranks)
+    return out, weights.new_zeros(num_tokens, weights.shape[1]).index_add_(0, source, back)
+
+
+@torch.library.custom_op("moe_compile::all_to_all_redispatch", mutates_args=())
+def all_to_all_redispatch(
+    g: Tensor, source: Tensor, splits: Tensor, num_rows: int, group: str
+) -> Tensor:
+    """Send g [T, H] as dispatch sent x; num_rows is U, the rows that dispatch received."""
+    sent, received = splits.tolist()
+    return _exchange(g.index_select(0, source), received, sent, process_group(group))
+
+
+@all_to_all_dispatch.register_fake
+def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
+    context = torch.library.get_ctx()
+    rows, sent = context.new_dynamic_size(), context.new_dynamic_size()
+    return (
+        x.new_empty(rows, x.shape[1]),
+        ids.new_empty(rows, ids.shape[1]),
+        weights.new_empty(rows, weights.shape[1]),
+        ids.new_empty(sent),
+        ids.new_empty(2, process_group(group).size(), device="cpu"),
+    )
+
+
+@all_to_all_combine.register_fake
+def _(
+    y: Tensor, weights: Tensor | None, source: Tensor, splits: Tensor, num_tokens: int, group: str
+) -> Any:
+    out = y.new_empty(num_tokens, y.shape[1])
+    if weights is None:
+        return out, y.new_empty(0, 0)
+    return out, weights.new_empty(num_tokens, weights.shape[1])
+
+
+@all_to_all_redispatch.register_fake
+def _(g: Tensor, source: Tensor, splits: Tensor, num_rows: int, group: str) -> Tensor:
+    return g.new_empty(num_rows, g.shape[1])
+
+
+def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, _, _, ctx.group = inputs
+    ctx.num_tokens = x.shape[0]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(output[1], *output[3:])
+
+
+def _dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
+    grads = all_to_all_combine(rows, weights, *ctx.saved_tensors, ctx.num_tokens, ctx.group)
+    return grads[0], None, grads[1], None, None
+
+
+def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
+    y, _, source, splits, _, ctx.group = inputs
+    ctx.num_rows = y.shape[0]
+    ctx.save_for_backward(source, splits)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    grad_y = all_to_all_redispatch(grad, *ctx.saved_tensors, ctx.num_rows, ctx.group)
+    return grad_y, None, None, None, None, None
+
+
+all_to_all_dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)
+all_to_all_combine.register_autograd(_combine_backward, setup_context=_save_combine)

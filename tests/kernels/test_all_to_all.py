@@ -1,0 +1,155 @@
+"""Dispatch and combine on two ranks against dense experts; the gradients are summed over ranks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from moe_compile.kernels.all_to_all import (
+    all_to_all_combine,
+    all_to_all_dispatch,
+    all_to_all_redispatch,
+)
+from moe_compile.ops import experts
+from moe_compile.providers.torch import TorchProvider
+from tests.ranks import on_ranks
+
+EXPERTS, PICKS, HIDDEN, WIDTH = 8, 2, 8, 16
+CASES = ["even", "uneven", "one rank has no tokens", "no tokens", "one expert", "none picked"]
+
+
+def tokens_of(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Different tokens on each rank, with their picks."""
+    counts = {"even": 6, "uneven": 3 + 5 * rank, "one rank has no tokens": 4 * rank}
+    count = 0 if case == "no tokens" else counts.get(case, 5)
+    generator = torch.Generator().manual_seed(rank)
+    scores = torch.rand(count, EXPERTS, generator=generator, dtype=torch.float64)
+    weights, ids = scores.topk(PICKS)
+    if case == "one expert":
+        ids = torch.full_like(ids, 6).index_fill(1, torch.tensor([1]), -1)
+    if case == "none picked":
+        ids = torch.full_like(ids, -1)
+    return torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64), ids, weights
+
+
+def parameters() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    up = torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator, dtype=torch.float64)
+    return up, torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def dense(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+    return experts(x, ids, weights, up, down, torch.tanh)
+
+
+def parallel(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    rows, theirs, weighed, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)
+    y = TorchProvider().implementation(experts)(rows, theirs, weighed, up, down, torch.tanh)
+    return all_to_all_combine(y, None, source, splits, x.shape[0], group)[0]
+
+
+def recomputed(*inputs: Tensor) -> Any:
+    return checkpoint(parallel, *inputs, use_reentrant=False)
+
+
+def partly_recomputed(*inputs: Tensor) -> Any:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op in (
+            torch.ops.moe_compile.all_to_all_dispatch.default,
+            torch.ops.moe_compile.all_to_all_combine.default,
+        )
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(parallel, *inputs, use_reentrant=False, context_fn=context)
+
+
+PROGRAMS: dict[str, Callable[..., Any]] = {
+    "plain": parallel,
+    "recomputed": recomputed,
+    "partly recomputed": partly_recomputed,
+}
+
+
+def gradients(program: Callable[..., Any], *inputs: Tensor, ids: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = program(*leaves, ids)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+def check(name: str, backend: str | None) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    program = PROGRAMS[name]
+    if backend is not None:
+        program = torch.compile(program, fullgraph=True, backend=backend, dynamic=True)
+    mine = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    up, down = parameters()
+    for case in CASES:
+        x, ids, weights = tokens_of(case, rank)
+        want = gradients(dense, x, weights, up, down, ids=ids)
+        for gradient in want[3:]:
+            dist.all_reduce(gradient)
+        want[3:] = [gradient[mine] for gradient in want[3:]]
+        got = gradients(program, x, weights, up[mine], down[mine], ids=ids)
+        torch.testing.assert_close(got, want, msg=lambda text, case=case: f"{case}: {text}")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_outputs_and_gradients_are_those_of_dense_experts(name: str, ranks: int) -> None:
+    on_ranks(ranks, check, name, None)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_compiled_without_a_graph_break(name: str) -> None:
+    on_ranks(2, check, name, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_with_inductor() -> None:
+    on_ranks(2, check, "plain", "inductor")
+
+
+def rows_sent(case: str) -> tuple[int, int]:
+    """The rows sent to other ranks, and the (token, other rank) pairs that need one."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x, ids, weights = tokens_of(case, rank)
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)[4]
+    owners = [{int(i) // (EXPERTS // ranks) for i in row if i >= 0} - {rank} for row in ids]
+    return int(splits[0].sum() - splits[0, rank]), sum(map(len, owners))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_travels_once_to_each_rank(case: str) -> None:
+    for sent, needed in on_ranks(2, rows_sent, case):
+        assert sent == needed
+
+
+def opcheck() -> None:
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    x, ids, weights = tokens_of("even", 0)
+    x.requires_grad_()
+    weights.requires_grad_()
+    rows, _, _, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)
+    y = rows.detach().requires_grad_()
+    torch.library.opcheck(all_to_all_dispatch, (x, ids, weights, EXPERTS, group))
+    torch.library.opcheck(all_to_all_combine, (y, None, source, splits, len(x), group))
+    torch.library.opcheck(all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group))
+    torch.library.opcheck(all_to_all_redispatch, (x.detach(), source, splits, len(y), group))
+
+
+def test_opcheck() -> None:
+    on_ranks(1, opcheck)

@@ -9,9 +9,9 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.config import OptimizeConfig
+from moe_compile.parallel.layout import NAMES, dimension_names
 from moe_compile.rewrite.pipeline import Pipeline
 
-_MESH_NAMES = ("dp_replicate", "dp_shard", "ep")
 _STORAGE_ONLY = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -57,20 +57,23 @@ def _check_quantisation(model: nn.Module) -> None:
         )
 
 
-def check_mesh(mesh: DeviceMesh | None) -> None:
-    """One device for now; names are checked all the same."""
+def check_mesh(mesh: DeviceMesh | None, model: nn.Module) -> None:
+    """Known names, and a model that is where the mesh is, or that can be moved there."""
     if mesh is None:
         return
-    names = mesh.mesh_dim_names or ()
-    unknown = [name for name in names if name not in _MESH_NAMES]
+    unknown = [n for n in dimension_names(mesh) if n not in NAMES]
     if unknown:
         raise ValueError(
-            f"the mesh got the dimension {unknown[0]!r}; it takes {', '.join(_MESH_NAMES)}; "
+            f"the mesh got the dimension {unknown[0]!r}; it takes {', '.join(NAMES)}; "
             "rename it in init_device_mesh"
         )
-    if mesh.size() > 1:
+    devices = {parameter.device.type for parameter in model.parameters()}
+    wrong = devices - {mesh.device_type, "cpu", "meta"}
+    if wrong or len(devices) > 1:
         raise ValueError(
-            f"the mesh got {mesh.size()} ranks; it takes one device in this release; pass mesh=None"
+            f"the model got parameters on {', '.join(sorted(devices))} and a mesh of "
+            f"{mesh.device_type}; it takes a model that is all on {mesh.device_type}, on the CPU "
+            "or on the meta device; move it with model.to"
         )
 
 
@@ -83,16 +86,17 @@ def check_passes(passes: Any) -> None:
         )
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, mesh: DeviceMesh | None) -> None:
     """Options whose work does not exist yet are errors, not silence."""
     if not isinstance(config, OptimizeConfig):
         raise ValueError(
             f"config got a {type(config).__name__}; it takes an OptimizeConfig; write "
             "OptimizeConfig(compile=False), for example"
         )
+    alone = mesh is None or mesh.size() == 1
     unready = {
-        "fsdp": (config.fsdp not in ("auto", False), "leave it out on one device"),
-        "dispatcher": (config.dispatcher != "auto", "leave it out on one device"),
+        "fsdp": (alone and config.fsdp not in ("auto", False), "pass a mesh with it"),
+        "dispatcher": (alone and config.dispatcher != "auto", "pass a mesh with it"),
         "activation_checkpointing": (
             config.activation_checkpointing != "none",
             "call model.gradient_checkpointing_enable() instead",

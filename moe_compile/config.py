@@ -66,6 +66,11 @@ class OptimizeConfig:
                     f"leave it out for {field.default!r}"
                 )
 
+    def wanted_providers(self) -> dict[str, str]:
+        """Canonical op name -> the provider that must implement it, where one is asked for."""
+        wanted = {} if self.providers == "auto" else dict(self.providers)
+        return wanted if self.dispatcher == "auto" else {"dispatch": self.dispatcher} | wanted
+
 
 def _accepts(name: str, value: Any) -> bool:
     if name in _MAPPINGS and isinstance(value, Mapping):

@@ -16,6 +16,9 @@ from moe_compile.checks import check_config, check_mesh, check_model, check_pass
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.compile import compile_units
 from moe_compile.install.sites import Installation, install, prepare
+from moe_compile.parallel.agree import check_agreement
+from moe_compile.parallel.layout import Layout, layout_of
+from moe_compile.parallel.shard import shard
 from moe_compile.passes import PIPELINE
 from moe_compile.report import Report
 from moe_compile.reporting import summarize
@@ -32,6 +35,7 @@ _REPORT = "_moe_compile_report"
 class Work:
     """What one run of the pipeline knows, from the groups to the installations."""
 
+    layout: Layout | None = None
     groups: list[Group] = field(default_factory=list[Group])
     units: list[list[UnitGraph]] = field(default_factory=list[list[UnitGraph]])
     installations: list[Installation] = field(default_factory=list[Installation])
@@ -61,7 +65,8 @@ def optimize(
     Args:
         model: a loaded Hugging Face model, also on the meta device or wrapped by PEFT; or any
             `nn.Module` together with `example_inputs`.
-        mesh: None for one device. Several ranks come with the next release.
+        mesh: None for one device. Dimensions are called `dp_replicate`, `dp_shard` and `ep`; every
+            rank has other data. The rest of the model is sharded by FSDP2 over all ranks.
         config: see `OptimizeConfig`.
         passes: the order of passes; `PIPELINE` by default.
         example_inputs: the model's positional arguments, for a model that is not from transformers.
@@ -72,11 +77,16 @@ def optimize(
     """
     config = OptimizeConfig() if config is None else config
     work = _analyze(model, mesh, config, PIPELINE if passes is None else passes, example_inputs)
+    if work.layout is not None:
+        check_agreement(_plan(model, config, work), work.layout)
     with work.timed("install"):
         for installation in work.installations:
             install(model, installation)
     with work.timed("compile"):
         compile_units(model, work.groups, config)
+    if work.layout is not None:
+        with work.timed("shard"):
+            shard(model, work.groups, work.installations, work.layout, config)
     setattr(model, _REPORT, _summary(work))
     return model
 
@@ -119,12 +129,12 @@ def _analyze(
 ) -> Work:
     """Everything up to the installation; the model is not touched."""
     check_model(model, example_inputs, optimized=hasattr(model, _REPORT))
-    check_mesh(mesh)
-    check_config(config)
+    check_mesh(mesh, model)
+    check_config(config, mesh)
     check_passes(pipeline)
-    work = Work()
+    work = Work(layout_of(mesh))
     with work.timed("probe"):
-        shadow = cast_shadow(model)
+        shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
         calls = probe(shadow, example_inputs)
     with work.timed("trace"):
         work.groups = group(shadow, calls)
@@ -142,8 +152,8 @@ def _rewrite(
     """The group's graphs after the passes: the unit first, then its owners in other call forms."""
     if found.capture is None:
         return []
-    wanted = {} if config.providers == "auto" else dict(config.providers)
-    first = UnitGraph.of(found.names[0], found.capture, wanted)
+    ep = None if work.layout is None else work.layout.ep
+    first = UnitGraph.of(found.names[0], found.capture, config.wanted_providers(), ep=ep)
     check = config.verify == "full"
     with work.timed("passes"):
         run_passes(pipeline, first, check=check)
@@ -167,5 +177,12 @@ def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> N
             verify_facts(step, unit.graph)
 
 
+def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
+    """What this rank is about to do, a line for each thing."""
+    state = [f"{n}: {t.dtype} {tuple(t.shape)}" for n, t in model.state_dict().items()]
+    return [repr(config), repr(work.layout), *map(str, _summary(work).sites), *state]
+
+
 def _summary(work: Work) -> Report:
-    return summarize(work.groups, work.units, work.installations, work.seconds)
+    mesh = {} if work.layout is None else work.layout.sizes
+    return summarize(work.groups, work.units, work.installations, mesh, work.seconds)

@@ -7,6 +7,7 @@ from torch import fx
 
 from moe_compile.capture.group import Group
 from moe_compile.install.sites import Installation
+from moe_compile.ops import experts
 from moe_compile.report import PassSummary, Report, Site
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -17,6 +18,7 @@ def summarize(
     groups: list[Group],
     units: list[list[UnitGraph]],
     installations: list[Installation],
+    mesh: dict[str, int],
     seconds: dict[str, float],
 ) -> Report:
     """The report of one run."""
@@ -31,7 +33,7 @@ def summarize(
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     captures = sum(map(len, units))
-    return Report(tuple(sites), _passes(units), captures, {}, dict(seconds))
+    return Report(tuple(sites), _passes(units), captures, dict(mesh), dict(seconds))
 
 
 def _unit_of(site: Site, order: dict[str, int]) -> str:
@@ -72,7 +74,8 @@ def _unmatched(name: str, layers: int, unit: UnitGraph) -> Site:
 
 def _routers(unit: UnitGraph) -> set[str]:
     """The modules in which the experts' ids are selected."""
-    todo = [n.args[1] for n in unit.graph.nodes if n.meta.get("kind") == "experts"]
+    nodes = [n for n in unit.graph.nodes if n.meta.get("op") is experts]
+    todo = [experts.arguments(*n.args, **n.kwargs)["ids"] for n in nodes]
     seen: set[fx.Node] = set()
     found: set[str] = set()
     while todo:

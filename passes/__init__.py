@@ -1,7 +1,8 @@
 """The passes, one a file, and their default order."""
 
 from moe_compile.passes.choose_providers import ChooseProviders
-from moe_compile.passes.facts import LOWERED
+from moe_compile.passes.dispatch_experts import DispatchExperts
+from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED
 from moe_compile.passes.lower import Lower
 from moe_compile.passes.normalize import Normalize
 from moe_compile.passes.raise_attention import RaiseAttention
@@ -19,16 +20,18 @@ PIPELINE = Pipeline(
         RaiseRotary(),
         RaiseAttention(),
         RaiseMLPs(),
+        DispatchExperts(),
         ChooseProviders(),
         Lower(),
     ),
-    needs_at_end=frozenset({LOWERED}),
+    needs_at_end=frozenset({EXPERTS_PLACED, LOWERED}),
 )
 """The default order. It is immutable; `without`, `before`, `after` and `replace` give new ones."""
 
 __all__ = [
     "PIPELINE",
     "ChooseProviders",
+    "DispatchExperts",
     "Lower",
     "Normalize",
     "RaiseAttention",

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx
 
+from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.passes.facts import NORMALIZED, PLANNED
 from moe_compile.providers.provider import Call
@@ -29,8 +30,16 @@ class ChooseProviders(Pass):
             op: CanonicalOp[..., Any] = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             call = Call(args, kwargs, unit.mode.autocast)
-            node.meta |= _plan(op, call, unit.wanted_providers.get(op.name))
+            node.meta |= _plan(op, call, _wanted(node, unit))
         return len(nodes)
+
+
+def _wanted(node: fx.Node, unit: UnitGraph) -> str | None:
+    """What the user asked for; but who sent the tokens must bring them back."""
+    if node.target is not ops.combine:
+        return unit.wanted_providers.get(node.target.name)  # type: ignore[union-attr]
+    handle: Any = node.args[1]
+    return handle.args[0].meta["provider"]
 
 
 def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str, Any]:
@@ -38,6 +47,7 @@ def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str
     try:
         provider, _ = choose(op, call, wanted)
     except Refuse:
+        assert op not in (ops.dispatch, ops.combine), "all_to_all takes every call"
         return {"provider": "reference", "implementation": op.reference, "keeps": None}
     implementation = provider.implementation(op)
     return {

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from moe_compile.ops import experts
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.patterns import (
     EagerAttention,
@@ -27,11 +28,16 @@ def _planned(graph: fx.Graph) -> bool:
     )
 
 
+def _placed(graph: fx.Graph) -> bool:
+    return all("placed" in node.meta for node in graph.nodes if node.target is experts)
+
+
 NORMALIZED = Fact("normalized", is_normal)
 NORMS_RAISED = none_left("norms_raised", RMSNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
 ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
 MLPS_RAISED = none_left("mlps_raised", GatedMLP())
 EXPERTS_RAISED = none_left("experts_raised", GroupedExperts())
+EXPERTS_PLACED = Fact("experts_placed", _placed)
 PLANNED = Fact("planned", _planned)
 LOWERED = Fact("lowered", _lowered)

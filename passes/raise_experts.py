@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_compile.passes.facts import EXPERTS_RAISED, LOWERED, NORMALIZED, PLANNED
+from moe_compile.passes.facts import EXPERTS_PLACED, EXPERTS_RAISED, LOWERED, NORMALIZED, PLANNED
 from moe_compile.patterns import GroupedExperts
 from moe_compile.rewrite.raising import RaisePass
 
@@ -14,5 +14,5 @@ class RaiseExperts(RaisePass):
     name = "raise_experts"
     needs = frozenset({NORMALIZED})
     gives = frozenset({EXPERTS_RAISED})
-    breaks = frozenset({PLANNED, LOWERED})
+    breaks = frozenset({EXPERTS_PLACED, PLANNED, LOWERED})
     patterns = (GroupedExperts(),)

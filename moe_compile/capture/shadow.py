@@ -34,12 +34,15 @@ class Shadow:
     sequence: torch.SymInt
 
 
-def cast_shadow(model: nn.Module) -> Shadow:
-    """Copies `model` with fake tensors in the place of its own; `model` is not touched."""
+def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
+    """Copies `model` with fake tensors in the place of its own; `model` is not touched.
+
+    `device` is where it will train, if that is not where it is.
+    """
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False
-    device = training_device(model)
+    device = training_device(model) if device is None else device
     memo: dict[int, Any] = {id(t): _fake(t, mode, device) for t in _tensors(model)}
     shadow = copy.deepcopy(model, memo)
     hf.make_traceable(shadow)

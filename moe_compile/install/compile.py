@@ -11,6 +11,7 @@ import logging
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ def _entry(
 ) -> Callable[..., Any]:
     """A forward that compiles `function` once for every way in which it is called."""
     compiled: dict[Hashable, Callable[..., Any]] = {}
+    untraceable = WeakSet[nn.Module]()
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         way = _way(self, args, kwargs)
-        if way is None or torch.compiler.is_compiling():
+        if way is None or self in untraceable or torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
         if way not in compiled:
             compiled[way] = torch.compile(_copy(function, number, len(compiled)), **options)
@@ -62,8 +64,9 @@ def _entry(
             with hf.recording_inside():
                 return compiled[way](self, *args, **kwargs)
         except Unsupported as error:
-            compiled[way] = function
-            _warn_about_code(self, error)
+            if not untraceable:
+                _warn_about_code(self, error)
+            untraceable.add(self)
         return function(self, *args, **kwargs)
 
     return forward

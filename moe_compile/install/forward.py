@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from moe_compile import ops
 from moe_compile.capture.trace import Mode
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
+from moe_compile.parallel.experts import local_weights
 from moe_compile.rewrite.refuse import Refuse
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ class Variant:
         reads: attributes that the captured code read, of the module (path "") and of crossed
             children, with the values that they must still have.
         alone: the function drops outputs, so nobody may listen to the module's.
+        weights: names of the parameters that several ranks share out, seen from the module; with
+            any, the function holds collectives, and the module has no other path.
     """
 
     form: CallForm
@@ -37,6 +41,7 @@ class Variant:
     crossed: tuple[tuple[str, type[nn.Module]], ...]
     reads: tuple[tuple[str, str, Any], ...]
     alone: bool
+    weights: tuple[str, ...] = ()
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,7 +75,24 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
         tuple((path, type(owner.get_submodule(path))) for path in cut.crossed),
         _own_reads(cut, reads),
         cut.drops_outputs,
+        shared_weights(cut.graph),
     )
+
+
+def shared_weights(graph: fx.Graph) -> tuple[str, ...]:
+    """The parameters of which each rank has its own part."""
+    used = [str(n.args[0].target) for n in graph.nodes if n.target is local_weights]  # type: ignore[union-attr]
+    return tuple(dict.fromkeys(used))
+
+
+def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """The function without its collectives, for a rank that has every expert."""
+    alone = fx.Graph()
+    alone.output(alone.graph_copy(graph, {}))
+    for node in alone.nodes:
+        if node.meta.get("op") in (ops.dispatch, ops.combine):
+            node.target = node.meta["op"].reference
+    return emit(alone, name)
 
 
 def _own_reads(cut: Cut, reads: dict[tuple[str, str], Any]) -> tuple[tuple[str, str, Any], ...]:
@@ -101,17 +123,29 @@ def check_replaceable(owner: nn.Module, crossed: tuple[str, ...]) -> None:
 def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) -> Callable[..., Any]:
     """A function to bind to modules of one class; it looks like `original` to `inspect`."""
 
+    is_shared = any(candidate.weights for candidate in variants)
+
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for candidate in variants:
             tensors = candidate.inputs(self, args, kwargs)
             if tensors is not None:
                 return candidate.run(self, *tensors)
+        if is_shared:
+            raise RuntimeError(_no_other_path(type(self).__name__))
         if self.training and not torch.compiler.is_compiling():
             _warn_of_fallback(type(self).__name__)
         return original(self, *args, **kwargs)
 
     return forward
+
+
+def _no_other_path(kind: str) -> str:
+    return (
+        f"{kind} was called in a form that was not captured, and its experts are spread over ranks, "
+        "so it cannot run its own code; call it in the dtype and autocast that it was optimized "
+        "for, without hooks inside it, and put LoRA in before optimize"
+    )
 
 
 @functools.cache

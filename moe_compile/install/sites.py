@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from moe_compile import ops
 from moe_compile.capture.group import Group
 from moe_compile.install.cut import cut
 from moe_compile.install.forward import (
@@ -12,6 +13,7 @@ from moe_compile.install.forward import (
     bind,
     check_replaceable,
     make_forward,
+    on_one_rank,
     variant,
 )
 from moe_compile.report import Site
@@ -95,22 +97,35 @@ def _variants(
     found: list[Variant] = []
     for unit in units:
         nodes = lowered_nodes(unit, installation.path)
+        _check_single_path(unit, installation.path, nodes)
         for call in dict.fromkeys(node.meta["calls"][-1] for node in nodes):
             piece = cut(unit, call)
             for owner in owners:
                 check_replaceable(owner, piece.crossed)
             found.append(variant(piece, unit.mode_of(call), unit.reads, owners[0]))
-            verifier.check(unit, call, found[-1])
+            if found[-1].weights and piece.conditions is not None:
+                raise Refuse("its code asks for sizes, so ranks could take different paths")
+            verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
     return tuple(found)
+
+
+def _check_single_path(unit: UnitGraph, path: str, nodes: list[fx.Node]) -> None:
+    """A module with collectives makes the same ones in every form in which it is called."""
+    if unit.ep is None or unit.path(0) not in ("", path):
+        return
+    has_experts = any(node.meta["op"] is ops.dispatch for node in nodes)
+    if has_experts and path == "":
+        raise Refuse("its owner is the layer itself, which also runs with a key-value cache")
 
 
 def _sites(
     installation: Installation, nodes: list[fx.Node], status: Any, reason: str | None
 ) -> list[Site]:
     """One site for every kind of idiom in the owner."""
-    kinds: dict[tuple[str, str], fx.Node] = {}
+    kinds: dict[tuple[str, str], dict[str, None]] = {}
     for node in nodes:
-        kinds.setdefault((node.meta["kind"], node.meta["made_by"][1]), node)
+        providers = kinds.setdefault((node.meta["kind"], node.meta["made_by"][1]), {})
+        providers[node.meta["provider"]] = None
     module, layers = installation.owner_names()[0], len(installation.units)
     return [
         Site(
@@ -120,7 +135,7 @@ def _sites(
             pattern,
             status,
             reason,
-            node.meta["provider"] if status == "rewritten" else None,
+            ", ".join(providers) if status == "rewritten" else None,
         )
-        for (kind, pattern), node in kinds.items()
+        for (kind, pattern), providers in kinds.items()
     ]

@@ -4,6 +4,7 @@ Patterns raise subgraphs to canonical ops, providers lower canonical ops to kern
 provider takes is inlined from the reference. The target of a node in a graph is the op itself.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -41,6 +42,12 @@ class CanonicalOp(Generic[P, R]):
             node: Any = proxies[0].tracer.create_proxy("call_function", self, args, kwargs)
             return node
         return self.reference(*args, **kwargs)
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by name, defaults included."""
+        bound = inspect.signature(self).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
     def __repr__(self) -> str:
         return f"<canonical op {self.name}>"

@@ -1,6 +1,5 @@
 """What a provider of canonical ops must answer, and how it is told of a call."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,9 +23,7 @@ class Call:
 
     def arguments(self, op: CanonicalOp[..., Any]) -> dict[str, Any]:
         """Every argument of `op` by name, defaults included."""
-        bound = inspect.signature(op).bind(*self.args, **self.kwargs)
-        bound.apply_defaults()
-        return bound.arguments
+        return op.arguments(*self.args, **self.kwargs)
 
 
 class Provider(Protocol):

@@ -3,11 +3,12 @@
 from typing import Any
 
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.all_to_all import AllToAllProvider
 from moe_compile.providers.provider import Call, Provider
 from moe_compile.providers.torch import TorchProvider
 from moe_compile.rewrite.refuse import Refuse
 
-PROVIDERS: tuple[Provider, ...] = (TorchProvider(),)
+PROVIDERS: tuple[Provider, ...] = (TorchProvider(), AllToAllProvider())
 """Every provider, the preferred first."""
 
 

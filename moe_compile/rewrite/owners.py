@@ -43,7 +43,7 @@ def _capture(
     module = units(shadow.model)[first.name].get_submodule(path)
     observed = not _drops(first, first.owners()[path])
     capture = trace(shadow, module, call, mode, group.matters, observed=observed)
-    return UnitGraph.of(first.name, capture, first.wanted_providers, path)
+    return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
 
 
 def _drops(unit: UnitGraph, call: int) -> bool:

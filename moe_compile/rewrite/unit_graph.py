@@ -9,6 +9,7 @@ from torch import fx
 from moe_compile.capture.boundary import ModuleCall
 from moe_compile.capture.trace import Capture, Mode
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.rewrite.matcher import NearMiss
 
 
@@ -34,6 +35,7 @@ class UnitGraph:
         graph, calls, mode, reads: see `Capture`.
         captured: the graph as it was traced, in normal form; `raised`: as it was before lowering.
             Both are kept for verification.
+        ep: the ranks that share the experts, None where each has all of them.
         near_misses: the best failed attempt of every pattern.
     """
 
@@ -45,18 +47,24 @@ class UnitGraph:
     reads: dict[tuple[str, str], Any]
     wanted_providers: dict[str, str] = field(default_factory=dict[str, str])
     prefix: str = ""
+    ep: ExpertParallel | None = None
     raised: fx.Graph | None = None
     near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
     records: list[PassRecord] = field(default_factory=list[PassRecord])
 
     @classmethod
     def of(
-        cls, name: str, capture: Capture, wanted_providers: dict[str, str], prefix: str = ""
+        cls,
+        name: str,
+        capture: Capture,
+        wanted_providers: dict[str, str],
+        prefix: str = "",
+        ep: ExpertParallel | None = None,
     ) -> "UnitGraph":
         """A capture before the first pass."""
         graph, calls = copy_graph(capture.graph), capture.calls
         reads, mode = capture.reads, capture.mode
-        return cls(name, graph, capture.graph, calls, mode, reads, wanted_providers, prefix)
+        return cls(name, graph, capture.graph, calls, mode, reads, wanted_providers, prefix, ep)
 
     def owner(self, node: fx.Node) -> str:
         """The name, inside the unit, of the module whose call the node lies in."""

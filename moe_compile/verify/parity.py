@@ -86,28 +86,34 @@ class Verifier:
         self.enabled = _is_verifiable(unit, level)
         self.unit = copy.deepcopy(unit) if self.enabled else unit
 
-    def check(self, graph: UnitGraph, call: int, variant: Variant) -> None:
-        """Refuses a variant that does not compute what the module computes."""
+    def check(self, graph: UnitGraph, call: int, variant: Variant, program: Program) -> None:
+        """Refuses a variant whose program does not compute what the module computes."""
         if not self.enabled or any(map(is_random, graph.captured.nodes)):
             return
         self.unit.train(graph.mode.training is not False)
-        found = self._measure(graph, call, variant, 0)
+
+        def measure(seed: int) -> _Errors:
+            return self._measure(graph, call, variant, program, seed)
+
+        found = measure(0)
         if found.problem() is not None:
             # The error of a small tensor is a matter of luck; that of several draws is not.
-            found = _pooled([self._measure(graph, call, variant, seed) for seed in range(_DRAWS)])
+            found = _pooled([measure(seed) for seed in range(_DRAWS)])
         problem = found.problem()
         if problem is not None:
             raise Refuse(f"verification failed: {problem}")
         if self.level in ("raise", "full"):
             self._prove(graph, call, variant)
 
-    def _measure(self, graph: UnitGraph, call: int, variant: Variant, seed: int) -> "_Errors":
+    def _measure(
+        self, graph: UnitGraph, call: int, variant: Variant, program: Program, seed: int
+    ) -> "_Errors":
         """The errors of the capture, the rewrite and the module itself on one draw of inputs."""
         owner = self.unit.get_submodule(graph.path(call))
         call_args, tensors = self._inputs(graph, owner, variant, seed)
         captured = _program(graph, graph.captured, call)
         with autocast(graph.mode, tensors[0].device):
-            new, used = run(variant.run, owner, tensors)
+            new, used = run(program, owner, tensors)
             own, _ = run(_own_forward(call_args), owner, tensors, used)
             same, _ = run(captured, owner, tensors, used)
             eps = _epsilon(owner, tensors)
@@ -121,7 +127,7 @@ class Verifier:
         owner = self.unit.get_submodule(graph.path(call))
         _, tensors = self._inputs(graph, owner, variant, 0)
         with autocast(graph.mode, tensors[0].device):
-            _, used = run(variant.run, owner, tensors)
+            _, used = run(_program(graph, graph.captured, call), owner, tensors)
         stages = (_program(graph, stage, call) for stage in (graph.captured, graph.raised))
         _prove(*stages, owner, tensors, used)
 

@@ -1,0 +1,1 @@
+"""Several ranks: what a mesh means, the experts' shards, FSDP2, and norms across meshes."""

@@ -1,0 +1,99 @@
+"""What a user's mesh means: who has other data, who shares parameters, who owns which experts."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+NAMES = ("dp_replicate", "dp_shard", "ep")
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """The ranks that share out the experts of a layer.
+
+    Attributes:
+        group: the name of their process group.
+        size: how many they are.
+        data_ranks: how many ranks have data, over all groups: a gradient is the mean over them.
+    """
+
+    group: str
+    size: int
+    data_ranks: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The meshes behind a user's mesh; every rank has data of its own.
+
+    Attributes:
+        sizes: the size of each of `NAMES`.
+        data: what FSDP2 shards over: every rank, or (dp_replicate, every rank of one replica).
+        experts: (dp_replicate, ep, dp_shard) without those of size 1; None without expert
+            parallelism. `ep` is outside of `dp_shard`, so that both can split the experts by id.
+    """
+
+    sizes: dict[str, int]
+    data: DeviceMesh
+    experts: DeviceMesh | None
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        kind = self.data.device_type
+        if kind == "cpu":
+            return torch.device(kind)
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return self.data.size()
+
+    @property
+    def ep(self) -> ExpertParallel | None:
+        """What graphs need to know of expert parallelism."""
+        if self.experts is None:
+            return None
+        group: dist.ProcessGroup = self.experts.get_group("ep")
+        return ExpertParallel(group.group_name, self.sizes["ep"], self.ranks)
+
+
+def layout_of(mesh: DeviceMesh | None) -> Layout | None:
+    """The layout of a mesh with known names; None for one device. All ranks must call it."""
+    if mesh is None or mesh.size() == 1:
+        return None
+    names = dimension_names(mesh)
+    sizes = {name: mesh.size(names.index(name)) if name in names else 1 for name in NAMES}
+    order = [names.index(name) for name in NAMES if name in names]
+    ranks = mesh.mesh.permute(order).reshape(*sizes.values())
+    return Layout(
+        sizes,
+        _mesh(mesh.device_type, ranks.flatten(1), ("dp_replicate", "dp_shard")),
+        _mesh(mesh.device_type, ranks.transpose(1, 2), ("dp_replicate", "ep", "dp_shard"))
+        if sizes["ep"] > 1
+        else None,
+    )
+
+
+def dimension_names(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of a mesh; without any, the one dimension that is larger than 1 means `ep`."""
+    if mesh.mesh_dim_names is not None:
+        return mesh.mesh_dim_names
+    large = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(large) > 1:
+        raise ValueError(
+            f"the mesh got the shape {tuple(mesh.shape)} and no names; it takes names from "
+            f"{', '.join(NAMES)}; pass mesh_dim_names to init_device_mesh"
+        )
+    fillers = iter(("dp_replicate", "dp_shard"))
+    return tuple("ep" if dim in large else next(fillers, "") for dim in range(mesh.ndim))
+
+
+def _mesh(device: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh without the dimensions of size 1."""
+    kept = [dim for dim in range(ranks.dim()) if ranks.shape[dim] > 1]
+    shape = [ranks.shape[dim] for dim in kept]
+    return DeviceMesh(device, ranks.reshape(shape), mesh_dim_names=tuple(names[d] for d in kept))

@@ -1,0 +1,32 @@
+"""Spreads an optimized model over its ranks: experts to their owners, the rest by FSDP2."""
+
+import torch
+from torch import nn
+
+from moe_compile.capture.group import Group
+from moe_compile.config import OptimizeConfig
+from moe_compile.install.sites import Installation
+from moe_compile.parallel.experts import shard_experts
+from moe_compile.parallel.fsdp import shard_data_parallel
+from moe_compile.parallel.layout import Layout
+
+
+def shard(
+    model: nn.Module,
+    groups: list[Group],
+    installations: list[Installation],
+    layout: Layout,
+    config: OptimizeConfig,
+) -> None:
+    """Replaces the model's parameters by this rank's shards; names stay."""
+    experts: set[nn.Parameter] = set()
+    for installation in installations:
+        names = dict.fromkeys(n for variant in installation.variants for n in variant.weights)
+        for owner in map(model.get_submodule, installation.owner_names() if names else []):
+            experts.update(shard_experts(owner, list(names), layout))
+    if experts:
+        # How many rows arrive is known only when they do.
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    names = [name for group in groups for name in group.names]
+    layers = [model.get_submodule(n) for n in names if n.rpartition(".")[2].isdigit()]
+    shard_data_parallel(model, layers, experts, layout, config)

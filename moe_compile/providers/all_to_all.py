@@ -1,0 +1,49 @@
+"""Dispatch and combine by `all_to_all_single`: on every device, dtype and number of ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moe_compile import ops
+from moe_compile.kernels.all_to_all import all_to_all_combine, all_to_all_dispatch
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call
+from moe_compile.rewrite.refuse import Refuse
+
+
+def _dispatch(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    rows, ids, weights, *handle = all_to_all_dispatch(x, ids, weights, num_experts, group)
+    return rows, ids, weights, handle
+
+
+def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Tensor:
+    return all_to_all_combine(y, None, *handle, num_tokens, group)[0]
+
+
+_IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
+    ops.dispatch: _dispatch,
+    ops.combine: _combine,
+}
+
+
+@dataclass(frozen=True)
+class AllToAllProvider:
+    """Torch's own collectives, over NCCL or gloo."""
+
+    name: str = "all_to_all"
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """Takes every call of the two ops of expert parallelism."""
+        return None if op in _IMPLEMENTATIONS else Refuse(f"all_to_all does not compute {op.name}")
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """No model dispatches by itself."""
+        return None
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """The implementation of `op`."""
+        return _IMPLEMENTATIONS[op]

@@ -1,0 +1,104 @@
+"""Let the tokens travel to the experts: dispatch, each rank's own experts, combine."""
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moe_compile import ops
+from moe_compile.parallel.experts import local_weights
+from moe_compile.parallel.layout import ExpertParallel
+from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNED
+from moe_compile.rewrite.pipeline import Pass
+from moe_compile.rewrite.unit_graph import UnitGraph
+
+_WEIGHTS = ("up", "down", "up_bias", "down_bias")
+
+
+@dataclass(frozen=True)
+class DispatchExperts(Pass):
+    """In: raised experts. Out: each rank computes its own; on one EP rank nothing changes."""
+
+    name = "dispatch_experts"
+    needs = frozenset({NORMALIZED})
+    gives = frozenset({EXPERTS_PLACED})
+    breaks = frozenset({PLANNED, LOWERED})
+
+    def run(self, unit: UnitGraph) -> int:
+        """Returns how many blocks of experts were spread over ranks.
+
+        Raises:
+            ValueError: the number of ranks does not divide the number of experts.
+        """
+        nodes = [n for n in unit.graph.nodes if n.target is ops.experts]
+        for node in nodes:
+            node.meta["placed"] = True
+            if unit.ep is not None:
+                _Placing(node, unit.ep, self.name).run()
+        return 0 if unit.ep is None else len(nodes)
+
+
+class _Placing:
+    """Writes the nodes around one experts node."""
+
+    def __init__(self, node: fx.Node, ep: ExpertParallel, name: str) -> None:
+        self.node, self.ep, self.graph = node, ep, node.graph
+        self.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        self.meta["made_by"] = (name, node.meta["made_by"][1])
+
+    def run(self) -> None:
+        arguments: dict[str, Any] = ops.experts.arguments(*self.node.args, **self.node.kwargs)
+        x, up = arguments["x"], arguments["up"]
+        count: int = up.meta["val"].shape[0]
+        _check_division(count, self.ep.size, up)
+        with self.graph.inserting_before(self.node):
+            values = (arguments[name] for name in ("x", "ids", "weights"))
+            sent = self._add(ops.dispatch, (*values, count, self.ep.group), _received(arguments))
+            for i, name in enumerate(("x", "ids", "weights")):
+                arguments[name] = self._item(sent, i)
+            handle = self._item(sent, 3)
+            for name in (name for name in _WEIGHTS if arguments[name] is not None):
+                arguments[name] = self._own(arguments[name], count)
+            size = x.meta["val"].shape[0]
+            tokens = self._add(torch.ops.aten.sym_size.int, (x, 0), size)
+            out = self.node.meta["val"]
+            rows = arguments["x"].meta["val"].shape[0]
+            result = self._add(ops.experts, (), out.new_empty(rows, *out.shape[1:]), arguments)
+            back = self._add(ops.combine, (result, handle, tokens, self.ep.group), out)
+        self.node.replace_all_uses_with(back)
+        self.graph.erase_node(self.node)
+
+    def _add(
+        self, target: Any, args: tuple[Any, ...], value: Any, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = self.meta | {"val": value}
+        return node
+
+    def _item(self, node: fx.Node, index: int) -> fx.Node:
+        return self._add(getitem, (node, index), node.meta["val"][index])
+
+    def _own(self, weight: fx.Node, count: int) -> fx.Node:
+        full: Tensor = weight.meta["val"]
+        own = full.narrow(0, 0, count // self.ep.size)
+        return self._add(local_weights, (weight, self.ep.data_ranks), own)
+
+
+def _received(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """Fake values of what dispatch returns: as many rows as the other ranks have for us."""
+    x, ids, weights = (arguments[name].meta["val"] for name in ("x", "ids", "weights"))
+    sizes = x.fake_mode.shape_env
+    with sizes.ignore_fresh_unbacked_symbols():  # no operator made it
+        rows = sizes.create_unbacked_symint()
+    return (*(t.new_empty(rows, t.shape[1]) for t in (x, ids, weights)), [ids.new_empty(rows)])
+
+
+def _check_division(count: int, ranks: int, weight: fx.Node) -> None:
+    if count % ranks:
+        divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
+        raise ValueError(
+            f"the mesh got {ranks} ranks for ep, and {weight.target} has {count} experts; ep takes "
+            f"a divisor of the number of experts: {', '.join(divisors)}"
+        )

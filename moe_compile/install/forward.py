@@ -142,9 +142,9 @@ def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) ->
 
 def _no_other_path(kind: str) -> str:
     return (
-        f"{kind} was called in a form that was not captured, and its experts are spread over ranks, "
-        "so it cannot run its own code; call it in the dtype and autocast that it was optimized "
-        "for, without hooks inside it, and put LoRA in before optimize"
+        f"{kind} was called in a form that was not captured; its experts are spread over ranks, so "
+        "it cannot run its own code; call it in the dtype and autocast that it was optimized for, "
+        "without hooks inside it, and put LoRA in before optimize"
     )
 
 

@@ -27,14 +27,12 @@ def shard_experts(owner: nn.Module, names: list[str], layout: Layout) -> list[nn
     return [_shard_one(owner, name, layout.experts, layout.device) for name in names]
 
 
-def _shard_one(
-    owner: nn.Module, name: str, mesh: DeviceMesh, device: torch.device
-) -> nn.Parameter:
+def _shard_one(owner: nn.Module, name: str, mesh: DeviceMesh, device: torch.device) -> nn.Parameter:
     path, _, leaf = name.rpartition(".")
     module = owner.get_submodule(path)
     full: nn.Parameter = getattr(module, leaf)
     shard = nn.Parameter(_distribute(full.detach(), mesh, device), full.requires_grad)
-    shard.__dict__.update(full.__dict__)
+    vars(shard).update(vars(full))
     module.register_parameter(leaf, shard)
     return shard
 

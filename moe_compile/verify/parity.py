@@ -126,10 +126,11 @@ class Verifier:
         assert graph.raised is not None
         owner = self.unit.get_submodule(graph.path(call))
         _, tensors = self._inputs(graph, owner, variant, 0)
+        captured = _program(graph, graph.captured, call)
         with autocast(graph.mode, tensors[0].device):
-            _, used = run(_program(graph, graph.captured, call), owner, tensors)
-        stages = (_program(graph, stage, call) for stage in (graph.captured, graph.raised))
-        _prove(*stages, owner, tensors, used)
+            _, used = run(captured, owner, tensors)
+        raised = _program(graph, graph.raised, call)
+        _prove(captured, raised, owner, tensors, used)
 
     def _inputs(
         self, graph: UnitGraph, owner: nn.Module, variant: Variant, seed: int

@@ -147,7 +147,9 @@ def opcheck() -> None:
     y = rows.detach().requires_grad_()
     torch.library.opcheck(all_to_all_dispatch, (x, ids, weights, EXPERTS, group))
     torch.library.opcheck(all_to_all_combine, (y, None, source, splits, len(x), group))
-    torch.library.opcheck(all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group))
+    torch.library.opcheck(
+        all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group)
+    )
     torch.library.opcheck(all_to_all_redispatch, (x.detach(), source, splits, len(y), group))
 
 

@@ -2,6 +2,7 @@
 
 from moe_compile.config import OptimizeConfig
 from moe_compile.optimize import explain, optimize, report
+from moe_compile.parallel.clip import clip_grad_norm_
 from moe_compile.passes import PIPELINE
 from moe_compile.report import Report
 from moe_compile.rewrite.pattern import Match, Pattern
@@ -17,6 +18,7 @@ __all__ = [
     "Pipeline",
     "Refuse",
     "Report",
+    "clip_grad_norm_",
     "explain",
     "optimize",
     "report",

@@ -98,6 +98,14 @@ def test_the_router_logits_and_the_auxiliary_loss(both: Pair) -> None:
     check_close(step(both.optimized, **call), step(both.original, **call))
 
 
+def test_recording_can_stop(caplog: pytest.LogCaptureFixture) -> None:
+    models = compiled().copies()
+    gc.collect()  # the layers of other tests
+    models.optimized(**inputs(), output_router_logits=True)
+    check_close(step(models.optimized, **inputs()), step(models.original, **inputs()))
+    assert "uncompiled" not in caplog.text
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_the_hidden_states_and_the_attention_weights(is_compiled: bool) -> None:
     models = pair("gpt_oss", compiled=is_compiled)

@@ -86,20 +86,22 @@ def recording_inside() -> Generator[None]:
     The hooks append to a collector that is held in a context variable, which Dynamo cannot read,
     and whose lists grow from layer to layer, which would recompile every layer. So the layer is
     given a collector of its own with empty lists, as a plain global, and what it recorded is
-    moved over.
+    moved over. The hooks stay when nothing is recorded any more: then they find None there.
     """
     collector = _collector()
-    outer = None if collector is None else collector.context_var.get()
-    if collector is None or not outer:
+    if collector is None:
         yield
         return
-    inner: dict[str, Any] = {key: [] for key in outer if not key.startswith("_")}
+    outer = collector.context_var.get()
+    inner: dict[str, Any] | None = None
+    if outer:
+        inner = {key: [] for key in outer if not key.startswith("_")}
     collector.global_var, collector.compiling = inner, True
     try:
         yield
     finally:
         collector.global_var, collector.compiling = None, False
-    for key, values in inner.items():
+    for key, values in (inner or {}).items():
         outer[key].extend(values)
 
 

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
+from moe_compile.adapters.accelerate import mark_prepared
 from moe_compile.capture.group import Group
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.sites import Installation
 from moe_compile.parallel.experts import shard_experts
 from moe_compile.parallel.fsdp import shard_data_parallel
+from moe_compile.parallel.guard import forbid_additions
 from moe_compile.parallel.layout import Layout
 
 
@@ -30,3 +32,5 @@ def shard(
     names = [name for group in groups for name in group.names]
     layers = [model.get_submodule(n) for n in names if n.rpartition(".")[2].isdigit()]
     shard_data_parallel(model, layers, experts, layout, config)
+    forbid_additions(model)
+    mark_prepared(model)

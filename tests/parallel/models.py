@@ -1,0 +1,88 @@
+"""Models on meshes, and what one process gives for the data of all ranks."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moe_compile
+from moe_compile import PIPELINE, OptimizeConfig
+from tests.families import build
+from tests.pairs import error, inputs, step
+
+MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "ep": ((2,), ("ep",)),
+    "dp_shard": ((2,), ("dp_shard",)),
+    "dp_shard x ep": ((2, 2), ("dp_shard", "ep")),
+    "dp_replicate x ep": ((2, 2), ("dp_replicate", "ep")),
+    "dp_replicate x dp_shard x ep": ((2, 2, 2), ("dp_replicate", "dp_shard", "ep")),
+}
+EXPERTS_ONLY = PIPELINE.without("raise_norms", "raise_rotary", "raise_attention", "raise_mlps")
+"""A quick order for tests of what happens around the experts."""
+
+Values = dict[str, Tensor]
+
+
+def optimized(
+    model: nn.Module,
+    mesh: str,
+    config: OptimizeConfig | None = None,
+    *,
+    everything: bool = False,
+) -> Any:
+    """The model on a mesh of all ranks; only its experts are rewritten, or everything is.
+
+    `mesh` is one of `MESHES`, or "all ep".
+    """
+    shape, names = MESHES.get(mesh, ((dist.get_world_size(),), ("ep",)))
+    ranks = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return moe_compile.optimize(
+        model, ranks, config, passes=PIPELINE if everything else EXPERTS_ONLY
+    )
+
+
+def small(family: str = "mixtral", **options: Any) -> Any:
+    """One layer of experts; the same on every rank."""
+    return build(family, **{"num_hidden_layers": 1} | options)
+
+
+def call_of(rank: int, **options: Any) -> dict[str, Any]:
+    """Other data, and another number of tokens, on each rank."""
+    return inputs(batch=1 + rank % 2, length=7 + rank, seed=rank) | options
+
+
+def gathered(values: Values) -> Values:
+    """Whole tensors in the place of shards."""
+    return {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in values.items()}
+
+
+def expected(model: Any, calls: list[dict[str, Any]]) -> Values:
+    """What one process gives: this rank's loss, and the mean over all ranks of every gradient."""
+    every = [step(model, **call) for call in calls]
+    mine = every[dist.get_rank()]
+    names = [name for name in mine if name not in ("loss", "logits")]
+    means = {n: torch.stack([values[n] for values in every]).mean(0) for n in names}
+    return {"loss": mine["loss"], "logits": mine["logits"]} | means
+
+
+def check_step(model: Any, reference: Any, **options: Any) -> None:
+    """One step on every rank's own data against one process with all of it."""
+    calls = [call_of(rank, **options) for rank in range(dist.get_world_size())]
+    want = expected(reference, calls)
+    check_equal(gathered(step(model, **calls[dist.get_rank()])), want)
+
+
+def check_equal(values: Values, references: Values) -> None:
+    assert values.keys() == references.keys()
+    wrong = {n: error(v, references[n]) for n, v in values.items()}
+    assert {n: e for n, e in wrong.items() if not e < 1e-5} == {}
+
+
+def both(mesh: str, model: Any, config: OptimizeConfig | None = None) -> tuple[Any, Any]:
+    """The model on a mesh, and an untouched copy."""
+    reference = copy.deepcopy(model)
+    return optimized(model, mesh, config), reference

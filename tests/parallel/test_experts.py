@@ -1,0 +1,108 @@
+"""The experts alone on two and four ranks: with any number of tokens, on any rank."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from moe_compile.parallel.experts import local_weights, placements_of
+from tests.pairs import error
+from tests.parallel.models import both, small
+from tests.ranks import on_ranks
+
+HIDDEN, EXPERTS = 32, 4
+PICKS: dict[str, list[list[list[int]]]] = {
+    "other tokens on each rank": [[[0, 1], [2, 3]], [[3, 0], [1, 2], [0, 2]]],
+    "a rank without tokens": [[[0, 3], [1, 2]], []],
+    "no tokens on any rank": [[], []],
+    "a rank whose experts nobody picks": [[[0, 1]], [[1, 0], [0, 1]]],
+    "experts that nobody picks": [[[0, 2]], [[2, 0]]],
+}
+
+
+def arguments(picks: list[list[int]], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(picks), HIDDEN, generator=generator)
+    weights = torch.rand(len(picks), 2, generator=generator)
+    return [x, torch.tensor(picks, dtype=torch.int64).reshape(-1, 2), weights]
+
+
+def run(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
+    """Output and gradients of tokens, weights and parameters."""
+    leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+    out = module(leaves[0], ids, leaves[1])
+    module.zero_grad()
+    (out.square().sum() + out.sum()).backward()
+    found = [out.detach(), *(leaf.grad for leaf in leaves)]
+    return [*found, *(p.grad for p in module.parameters())]
+
+
+def equals_one_process() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, reference = both("ep", small())
+    ours, theirs = (m.model.layers[0].mlp.experts for m in (model, reference))
+    for (case, picks), training in itertools.product(PICKS.items(), (True, False)):
+        ours.train(training)
+        every = [run(theirs, *arguments(part, seed)) for seed, part in enumerate(picks)]
+        weights = zip(*(values[3:] for values in every), strict=True)
+        want = [*every[rank][:3], *(torch.stack(parts).sum(0) / ranks for parts in weights)]
+        got = run(ours, *arguments(picks[rank], rank))
+        for mine, wanted in zip(got, want, strict=True):
+            assert mine is not None, f"{case}: an expert without tokens has no gradient"
+            whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            assert error(whole, wanted) < 1e-5, case
+
+
+def test_any_number_of_tokens() -> None:
+    on_ranks(2, equals_one_process)
+
+
+def other_forms() -> None:
+    model, _ = both("ep", small())
+    experts = model.model.layers[0].mlp.experts
+    x, ids, weights = arguments([[0, 1]], 0)
+    with pytest.raises(RuntimeError, match="called in a form that was not captured"):
+        experts(x.double(), ids, weights)
+    experts.register_forward_hook(lambda *_: None)
+    experts(x, ids, weights)
+
+
+def test_a_form_that_was_not_captured_is_an_error() -> None:
+    on_ranks(2, other_forms)
+
+
+def shards() -> None:
+    """The shards of a stack whose experts divide among all ranks, and of one whose do not."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("ep", "dp_shard"))
+    assert placements_of(torch.empty(8, 6, 4), mesh) == [Shard(0), Shard(0)]
+    assert placements_of(torch.empty(6, 6, 4), mesh) == [Shard(0), Shard(1)]
+    flat = DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("ep",))
+    assert placements_of(torch.empty(8, 6, 4), flat) == [Shard(0)]
+    for count in (8, 6):
+        full = torch.arange(count * 12.0).view(count, 3, 4)
+        check_local_weights(full, mesh)
+
+
+def check_local_weights(full: Tensor, mesh: DeviceMesh) -> None:
+    """Each rank gets its experts whole; the gradient is the sum over all ranks, divided."""
+    sharded = DTensor.from_local(full, mesh, [Replicate(), Replicate()])
+    weight = sharded.redistribute(placements=placements_of(full, mesh)).requires_grad_()
+    own = local_weights(weight, 4)
+    size, first = len(full) // 2, mesh.get_local_rank("ep") * len(full) // 2
+    assert torch.equal(own, full[first : first + size])
+    (own * (1 + dist.get_rank())).sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    assert weight.grad.placements == weight.placements
+    # Ranks 0 and 1 share the first half of the experts, 2 and 3 the second.
+    want = torch.full_like(full, (1 + 2) / 4)
+    want[size:] = (3 + 4) / 4
+    assert torch.equal(weight.grad.full_tensor(), want)
+
+
+def test_shards() -> None:
+    on_ranks(4, shards)

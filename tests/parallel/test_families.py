@@ -1,0 +1,34 @@
+"""The families of the tests with their experts on two and four ranks, everything rewritten."""
+
+import copy
+
+import pytest
+
+import moe_compile
+from moe_compile import OptimizeConfig
+from tests.families import FAMILIES, build
+from tests.parallel.models import check_step, optimized
+from tests.ranks import on_ranks
+
+SAMPLE = ("gpt_oss", 2)
+CASES = [
+    pytest.param(family, ranks, marks=() if (family, ranks) == SAMPLE else pytest.mark.matrix)
+    for family in FAMILIES
+    for ranks in (2, 4)
+]
+
+
+def equals_one_process(family: str) -> None:
+    for compiled in (False, {"backend": "aot_eager"}):
+        model = build(family)
+        reference = copy.deepcopy(model)
+        config = OptimizeConfig(compile=compiled)
+        model = optimized(model, "all ep", config, everything=True)
+        sites = [s for s in moe_compile.report(model).sites if s.kind == "experts"]
+        assert {(s.status, s.provider) for s in sites} == {("rewritten", "all_to_all, torch")}
+        check_step(model, reference)
+
+
+@pytest.mark.parametrize(("family", "ranks"), CASES)
+def test_experts_on_their_ranks(family: str, ranks: int) -> None:
+    on_ranks(ranks, equals_one_process, family)

@@ -1,0 +1,101 @@
+"""Loss and every gradient on every kind of mesh, each rank with other data."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import moe_compile
+from tests.pairs import error, step
+from tests.parallel.models import (
+    MESHES,
+    both,
+    call_of,
+    check_equal,
+    check_step,
+    expected,
+    gathered,
+    small,
+)
+from tests.ranks import on_ranks
+
+SLOW = {"dp_replicate x ep", "dp_replicate x dp_shard x ep"}
+meshes = pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=pytest.mark.matrix if m in SLOW else ()) for m in MESHES]
+)
+
+
+def ranks_of(mesh: str) -> int:
+    return math.prod(MESHES[mesh][0])
+
+
+def equals_one_process(mesh: str) -> None:
+    model, reference = both(mesh, small())
+    check_step(model, reference)
+    check_step(model, reference, output_router_logits=True)
+    check_accumulation(model, reference)
+    check_clipping(model, reference)
+    if "ep" in mesh:
+        check_whole_matrices(model, reference)
+    check_optimizers(model, reference)
+
+
+def check_accumulation(model: Any, reference: Any) -> None:
+    """Two micro-batches before the optimizer: gradients add up."""
+    rounds = [[call_of(rank + 3 * i) for rank in range(dist.get_world_size())] for i in range(2)]
+    wants = [expected(reference, calls) for calls in rounds]
+    model.zero_grad()
+    for calls in rounds:
+        model(**calls[dist.get_rank()]).loss.backward()
+    got = gathered({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    check_equal(got, {n: wants[0][n] + wants[1][n] for n in got})
+
+
+def check_clipping(model: Any, reference: Any) -> None:
+    """The norm, and the scaled gradients, are those of one process."""
+    calls = [call_of(rank) for rank in range(dist.get_world_size())]
+    want = expected(reference, calls)
+    for name, parameter in reference.named_parameters():
+        parameter.grad = want[name].clone()
+    step(model, **calls[dist.get_rank()])
+    theirs = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    mine = moe_compile.clip_grad_norm_(model, 0.1)
+    assert error(mine, theirs) < 1e-6
+    check_equal(
+        gathered({n: p.grad for n, p in model.named_parameters()}),
+        {n: p.grad for n, p in reference.named_parameters()},
+    )
+
+
+def check_optimizers(model: Any, reference: Any) -> None:
+    for options in ({"fused": True}, {"foreach": True}, {}):
+        for each in (model, reference):
+            torch.optim.AdamW(each.parameters(), lr=1e-3, eps=1e-3, **options).step()
+        state = reference.state_dict()
+        check_equal(gathered(model.state_dict()), state)
+
+
+def check_whole_matrices(model: Any, reference: Any) -> None:
+    """An optimizer that works on matrices, such as Muon, finds whole ones in every shard."""
+    theirs = {n: orthogonal(p.grad) for n, p in reference.named_parameters() if p.dim() == 3}
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            shard = orthogonal(parameter.grad.to_local())
+            gradient = parameter.grad
+            whole = DTensor.from_local(shard, gradient.device_mesh, gradient.placements)
+            assert error(whole.full_tensor(), theirs[name]) < 1e-4
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """A step of Newton and Schulz for each matrix, as Muon takes it."""
+    unit = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    return 1.5 * unit - 0.5 * unit @ unit.mT @ unit
+
+
+@meshes
+def test_one_step_equals_one_process(mesh: str) -> None:
+    on_ranks(ranks_of(mesh), equals_one_process, mesh)

@@ -1,12 +1,13 @@
 # Needs Python 3.11 or newer, pip and make; every target sets up .venv by itself, once.
 PYTHON ?= python3
+RANKS ?= 2
 BIN := .venv/bin
 READY := .venv/.installed
 
 .PHONY: demo test families check clean
 
 demo: $(READY)
-	$(BIN)/python examples/finetune.py
+	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/finetune.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix"

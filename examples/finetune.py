@@ -2,11 +2,13 @@
 
 python examples/finetune.py                          # writes a small model, and trains that
 python examples/finetune.py --model PATH --text notes.txt --save build/mine
+torchrun --nproc-per-node 2 examples/finetune.py     # each rank owns half of the experts
 
 The result is an ordinary checkpoint: plain transformers loads it, and gives the same logits.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,8 +16,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +33,10 @@ from transformers import (
 
 import moe_compile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+DEVICE = "cuda" if torch.cuda.device_count() >= LOCAL_RANKS else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = 5e-2 if DTYPE is torch.bfloat16 else 1e-5
 DEMO_FALL = 0.3
@@ -42,13 +49,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a causal LM's folder; none: a small new one")
     parser.add_argument("--text", type=Path, help="what to learn; none: Python's own manual")
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--batch", type=int, default=8, help="rows a step, over all ranks")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
     parser.add_argument("--lr", type=float, help="none: 3e-3 for the small new model, else 1e-5")
     parser.add_argument("--prompt", default='The "for" statement')
     parser.add_argument("--work", type=Path, default=Path("build/qwen3-moe-tiny"))
     parser.add_argument("--save", type=Path, default=Path("build/finetuned"))
     return parser.parse_args()
+
+
+def say(*text: object) -> None:
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def join_ranks() -> DeviceMesh | None:
+    """The processes that torchrun started, which share out the experts; None for one process."""
+    if RANKS == 1:
+        return None
+    if DEVICE == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    return init_device_mesh(DEVICE, (RANKS,), mesh_dim_names=("ep",))
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
@@ -95,25 +116,35 @@ def load(folder: Path) -> PreTrainedModel:
 
 def train(model: PreTrainedModel, tokens: Tensor, args: argparse.Namespace) -> list[float]:
     """Train on random windows of the text; return the loss of every step."""
+    torch.manual_seed(RANK)  # every rank has other data
+    rows_a_rank = max(args.batch // RANKS, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     windows = tokens.unfold(0, args.length, 1)
     losses: list[float] = []
     model.train()
-    with tqdm(total=args.steps * args.batch * args.length, unit="tok", unit_scale=True) as bar:
+    total = args.steps * rows_a_rank * RANKS * args.length
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=RANK > 0) as bar:
         for _ in range(args.steps):
-            rows = windows[torch.randint(len(windows), (args.batch,))].to(DEVICE)
+            rows = windows[torch.randint(len(windows), (rows_a_rank,))].to(DEVICE)
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            moe_compile.clip_grad_norm_(model, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(mean_over_ranks(loss))
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update(rows.numel())
+            bar.update(rows.numel() * RANKS)
     model.eval()
     return losses
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    mean = loss.detach() / RANKS
+    if RANKS > 1:
+        dist.all_reduce(mean)
+    return mean.item()
 
 
 @torch.no_grad()
@@ -122,7 +153,7 @@ def matches_plain_model(model: PreTrainedModel, folder: Path, rows: Tensor) -> b
     expected = load(folder)(input_ids=rows, use_cache=False).logits
     difference = model(input_ids=rows, use_cache=False).logits - expected
     error = (difference.norm() / expected.norm()).item()
-    print(
+    say(
         f"logits in plain transformers: largest difference {difference.abs().max().item():.1e}, "
         f"relative error {error:.1e} (at most {TOLERANCE:.0e})"
     )
@@ -134,29 +165,34 @@ def main() -> str | None:
     text = args.text.read_text(encoding="utf-8") if args.text else "\n\n".join(topics.values())
     args.lr = args.lr or (1e-5 if args.model else 3e-3)
     # The weights are written last, so a folder that has them is whole.
-    if not args.model and not (args.work / "model.safetensors").exists():
+    if RANK == 0 and not args.model and not (args.work / "model.safetensors").exists():
         write_small_model(args.work, text)
+    mesh = join_ranks()
+    if mesh is not None:
+        dist.barrier()
 
     source: Path = args.model or args.work
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
-    model = moe_compile.optimize(load(source))
-    print(moe_compile.report(model))
+    model = moe_compile.optimize(load(source), mesh)
+    say(moe_compile.report(model))
 
-    torch.manual_seed(0)
     tokens = torch.tensor(tokenizer.encode(text, verbose=False))
     losses = train(model, tokens, args)
     last = fmean(losses[-10:])
-    print(f"loss: {losses[0]:.3f} at first, {last:.3f} over the last 10 steps")
+    say(f"loss: {losses[0]:.3f} at first, {last:.3f} over the last 10 steps")
 
     model.save_pretrained(args.save)
-    tokenizer.save_pretrained(args.save)
+    if RANK == 0:
+        tokenizer.save_pretrained(args.save)
     same = matches_plain_model(model, args.save, tokens[None, : args.length].to(DEVICE))
 
     prompt = tokenizer(args.prompt, return_tensors="pt").to(DEVICE)
     generate: Any = model.generate  # PreTrainedModel does not declare it
     written = generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.7)
-    print(tokenizer.decode(written[0], skip_special_tokens=True))
+    say(tokenizer.decode(written[0], skip_special_tokens=True))
 
+    if mesh is not None:
+        dist.destroy_process_group()
     if not same:
         return "the saved model does not give the same logits"
     if not args.model and last > (1 - DEMO_FALL) * losses[0]:

@@ -180,7 +180,9 @@ def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> N
 def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
     """What this rank is about to do, a line for each thing."""
     state = [f"{n}: {t.dtype} {tuple(t.shape)}" for n, t in model.state_dict().items()]
-    graphs = [f"{unit.name}: {node}" for units in work.units for unit in units for node in _code(unit)]
+    graphs = [
+        f"{unit.name}: {node}" for units in work.units for unit in units for node in _code(unit)
+    ]
     return [repr(config), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
 
 

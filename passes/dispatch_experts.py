@@ -5,16 +5,13 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moe_compile import ops
-from moe_compile.parallel.experts import local_weights
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNED
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
-
-_WEIGHTS = ("up", "down", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,12 @@ class _Placing:
             for i, name in enumerate(("x", "ids", "weights")):
                 arguments[name] = self._item(sent, i)
             handle = self._item(sent, 3)
-            for name in (name for name in _WEIGHTS if arguments[name] is not None):
-                arguments[name] = self._own(arguments[name], count)
             size = x.meta["val"].shape[0]
             tokens = self._add(torch.ops.aten.sym_size.int, (x, 0), size)
             out = self.node.meta["val"]
             rows = arguments["x"].meta["val"].shape[0]
             result = self._add(ops.experts, (), out.new_empty(rows, *out.shape[1:]), arguments)
+            result.meta["data_ranks"] = self.ep.data_ranks
             back = self._add(ops.combine, (result, handle, tokens, self.ep.group), out)
         self.node.replace_all_uses_with(back)
         self.graph.erase_node(self.node)
@@ -79,11 +75,6 @@ class _Placing:
 
     def _item(self, node: fx.Node, index: int) -> fx.Node:
         return self._add(getitem, (node, index), node.meta["val"][index])
-
-    def _own(self, weight: fx.Node, count: int) -> fx.Node:
-        full: Tensor = weight.meta["val"]
-        own = full.narrow(0, 0, count // self.ep.size)
-        return self._add(local_weights, (weight, self.ep.data_ranks), own)
 
 
 def _received(arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -59,17 +59,20 @@ def _mask_tail(rows: Tensor, offs: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moe_compile::grouped_mm", mutates_args=())
-def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
     """Multiply each group of x's rows by its matrix.
 
     Args:
         x: [R, A].
         w: [E, A, B] in x's dtype and any strides; a transposed view of [E, B, A] is not copied.
         offs: [E] int32, the end of each group; not decreasing, at most R.
+        transposed: w is [E, B, A], and its transposes are meant. Where w is cheap to make again,
+            as a gathered one is, this leaves no view of it for a partitioner to keep instead.
 
     Returns:
         [R, B], fresh and contiguous; zero beyond offs[-1], and so is the gradient of x.
     """
+    w = w.mT if transposed else w
     if not _native(x, w):
         out = x.new_zeros(x.shape[0], w.shape[2])
         for group, rows in _hit_groups(offs):
@@ -104,8 +107,8 @@ def grouped_mm_weight_grad(x: Tensor, g: Tensor, offs: Tensor) -> Tensor:
 
 
 @grouped_mm.register_fake
-def _(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[2])
+def _(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1 if transposed else 2])
 
 
 @grouped_mm_weight_grad.register_fake
@@ -113,22 +116,24 @@ def _(x: Tensor, g: Tensor, offs: Tensor) -> Tensor:
     return x.new_empty(offs.shape[0], x.shape[1], g.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    *tensors, ctx.transposed = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, w, offs = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        grad_x = grouped_mm(grad, w.mT, offs)
+        grad_x = grouped_mm(grad, w, offs, not ctx.transposed)
     if ctx.needs_input_grad[1]:
         # In the layout of w: autograd would copy any other one into the parameter's gradient.
         is_view = w.stride(-1) != 1
-        grad_w = grouped_mm_weight_grad(*((grad, x) if is_view else (x, grad)), offs)
+        pair = (grad, x) if is_view != ctx.transposed else (x, grad)
+        grad_w = grouped_mm_weight_grad(*pair, offs)
         grad_w = grad_w.mT if is_view else grad_w
-    return grad_x, grad_w, None
+    return grad_x, grad_w, None, None
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)
@@ -145,9 +150,10 @@ def _native_in_graph(x: Tensor, w: Tensor) -> bool:
     return aligned_out and not statically_known_true(x.shape[0] == 0)
 
 
-def grouped_linear(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
     """`grouped_mm`, by torch's own op where Inductor can see into it: bfloat16 on CUDA."""
-    if x.device.type == "cuda" and _native(x, w) and _native_in_graph(x, w):
+    matrices = w.mT if transposed else w
+    if x.device.type == "cuda" and _native(x, matrices) and _native_in_graph(x, matrices):
         # Masked on both sides, for the sake of the output and of x's gradient; Inductor fuses both.
-        return _mask_tail(F.grouped_mm(_mask_tail(x, offs), w, offs=offs), offs)
-    return grouped_mm(x, w, offs)
+        return _mask_tail(F.grouped_mm(_mask_tail(x, offs), matrices, offs=offs), offs)
+    return grouped_mm(x, w, offs, transposed)

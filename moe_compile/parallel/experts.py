@@ -5,15 +5,19 @@ experts by id; `dp_shard` splits a rank's experts by id too where they divide, s
 sees whole matrices, else their rows. FSDP2 leaves these parameters alone.
 
 A rank's gradient of an expert is a sum over the tokens of its whole EP group. The mean of the
-ranks' losses divides it by all ranks that have data; `local_weights` does so to each contribution.
+ranks' losses divides it by all ranks that have data; `on_own_experts` does so to each
+contribution.
 """
 
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.utils.checkpoint import checkpoint
 
 from moe_compile.parallel.layout import Layout
 
@@ -62,19 +66,95 @@ def placements_of(full: Tensor, mesh: DeviceMesh) -> list[Placement]:
     return [kinds[name] for name in sizes]
 
 
-def local_weights(weight: Tensor, data_ranks: int) -> Tensor:
-    """A rank's own experts, whole: [E / ep, ...] of [E, ...]. Part of the installed graphs.
+def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Callable[..., Tensor]:
+    """An implementation of `ops.experts` that takes each rank's shards of the weights.
 
-    A plain tensor is that of a single rank, which owns all experts.
+    Plain weights are those of a single rank, which owns all experts. What was gathered over
+    `dp_shard` is let go of after the forward, and gathered again in the backward.
     """
-    if not isinstance(weight, DTensor):
-        return weight
+
+    def own_experts(
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        **options: bool,
+    ) -> Tensor:
+        if not isinstance(up, DTensor):
+            return implementation(
+                x, ids, weights, up, down, activation, up_bias, down_bias, **options
+            )
+        gathered: dict[int, DTensor] = {}
+        with _let_go(gathered):
+            stack = [_scaled(w, data_ranks, gathered) for w in (up, down, up_bias, down_bias)]
+            return implementation(x, ids, weights, *stack[:2], activation, *stack[2:], **options)
+
+    return own_experts
+
+
+def _scaled(weight: Tensor | None, data_ranks: int, gathered: dict[int, DTensor]) -> Any:
+    """A rank's own experts; their gradient is divided by all ranks that have data."""
+    if weight is None:
+        return None
+    assert isinstance(weight, DTensor)
+
+    def scale(weight: DTensor) -> Tensor:
+        own: Tensor = _ScaleGradient.apply(whole_experts(weight), 1 / data_ranks)
+        return own
+
+    if not _is_gathered(weight):
+        return scale(weight)
+    if torch.compiler.is_compiling():
+        return checkpoint(scale, weight, use_reentrant=False)
+    own = scale(weight)
+    gathered[own.untyped_storage().data_ptr()] = weight
+    return own
+
+
+def _is_gathered(weight: DTensor) -> bool:
+    return "dp_shard" in (weight.device_mesh.mesh_dim_names or ()) or weight.device_mesh.ndim > 1
+
+
+def whole_experts(weight: DTensor) -> Tensor:
+    """[E / ep, ...] of [E, ...]: a rank's experts, gathered from the ranks that share them.
+
+    The gradient's parts are summed over those ranks, and over the replicas.
+    """
     names = weight.device_mesh.mesh_dim_names or ()
     whole: list[Placement] = [Shard(0) if name == "ep" else Replicate() for name in names]
     grads: list[Placement] = [Shard(0) if name == "ep" else Partial() for name in names]
-    local = weight.redistribute(placements=whole).to_local(grad_placements=grads)
-    own: Tensor = _ScaleGradient.apply(local, 1 / data_ranks)
-    return own
+    return weight.redistribute(placements=whole).to_local(grad_placements=grads)
+
+
+@contextlib.contextmanager
+def _let_go(gathered: dict[int, DTensor]) -> Generator[None]:
+    """Autograd keeps the shards in the place of what was gathered from them (by its address).
+
+    Inductor does so by itself, for what `checkpoint` marks.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+
+    def pack(tensor: Tensor) -> Any:
+        source = gathered.get(tensor.untyped_storage().data_ptr())
+        if source is None or not source.numel():
+            return tensor
+        return source, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        source, shape, stride, offset = packed
+        with torch.no_grad():
+            return whole_experts(source).as_strided(shape, stride, offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -175,8 +175,6 @@ def _experts(
     transposed: bool = False,
     weigh_input: bool = False,
 ) -> Tensor:
-    if not transposed:
-        up, down = up.mT, down.mT
     num_experts, picks = up.shape[0], ids.shape[1]
     # -1 becomes E: it sorts last, and the products are zero beyond the last expert's rows.
     expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
@@ -189,10 +187,10 @@ def _experts(
     rows: Tensor = _Spread.apply(x, order, inverse, picks)
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
-    rows = grouped_linear(rows.to(up.dtype), up, offs)
+    rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
     if up_bias is not None:
         rows = rows + _BiasRows.apply(up_bias, expert, offs)
-    rows = grouped_linear(activation(rows).to(down.dtype), down, offs)
+    rows = grouped_linear(activation(rows).to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         rows = rows + _BiasRows.apply(down_bias, expert, offs)
     if not weigh_input:

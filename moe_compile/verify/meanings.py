@@ -16,7 +16,8 @@ def _groups(offs: Tensor) -> Iterator[slice]:
         yield slice(start, end)
 
 
-def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
+    w = w.mT if transposed else w
     products = [x[rows] @ w[group] for group, rows in enumerate(_groups(offs))]
     beyond = x.shape[0] - int(offs[-1])
     return torch.cat([*products, x.new_zeros(beyond, w.shape[2])])

@@ -101,11 +101,27 @@ def test_a_transposed_view_gets_its_gradient_in_its_own_layout() -> None:
     assert grad.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", [False, True])
+def test_transposed_is_a_view(view: bool, dtype: torch.dtype) -> None:
+    x, w, offs = case([3, 0, 5], 16, 24, dtype, tail=1, view=not view)
+
+    def turned(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return grouped_mm(x, w.mT if view else w, offs, True)
+
+    def reference(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return grouped_mm(x, w if view else w.mT, offs)
+
+    for got, want in zip(run(turned, x, w, offs), run(reference, x, w, offs), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0]])
 def test_opcheck(counts: list[int], dtype: torch.dtype) -> None:
     x, w, offs = case(counts, 16, 8, dtype, tail=1)
     torch.library.opcheck(grouped_mm, (x, w, offs))
+    torch.library.opcheck(grouped_mm, (x, w.detach().mT.contiguous(), offs, True))
     torch.library.opcheck(grouped_mm_weight_grad, (x.detach(), x.detach(), offs))
 
 

@@ -47,7 +47,8 @@ def optimized(
 
 def small(family: str = "mixtral", **options: Any) -> Any:
     """One layer of experts; the same on every rank."""
-    return build(family, **{"num_hidden_layers": 1} | options)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1} | options
+    return build(family, **sizes)
 
 
 def call_of(rank: int, **options: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moe_compile.parallel.experts import local_weights, placements_of
+from moe_compile import OptimizeConfig
+from moe_compile.parallel.experts import placements_of, whole_experts
 from tests.pairs import error
-from tests.parallel.models import both, small
+from tests.parallel.models import both, call_of, small
 from tests.ranks import on_ranks
 
 HIDDEN, EXPERTS = 32, 4
@@ -32,7 +33,7 @@ def arguments(picks: list[list[int]], seed: int) -> list[Tensor]:
     return [x, torch.tensor(picks, dtype=torch.int64).reshape(-1, 2), weights]
 
 
-def run(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
+def run(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> list[Any]:
     """Output and gradients of tokens, weights and parameters."""
     leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
     out = module(leaves[0], ids, leaves[1])
@@ -85,24 +86,50 @@ def shards() -> None:
     assert placements_of(torch.empty(8, 6, 4), flat) == [Shard(0)]
     for count in (8, 6):
         full = torch.arange(count * 12.0).view(count, 3, 4)
-        check_local_weights(full, mesh)
+        check_whole_experts(full, mesh)
 
 
-def check_local_weights(full: Tensor, mesh: DeviceMesh) -> None:
-    """Each rank gets its experts whole; the gradient is the sum over all ranks, divided."""
+def check_whole_experts(full: Tensor, mesh: DeviceMesh) -> None:
+    """Each rank gets its experts whole; the gradient is the sum over the ranks that have them."""
     sharded = DTensor.from_local(full, mesh, [Replicate(), Replicate()])
-    weight = sharded.redistribute(placements=placements_of(full, mesh)).requires_grad_()
-    own = local_weights(weight, 4)
+    weight: Any = sharded.redistribute(placements=placements_of(full, mesh)).requires_grad_()
+    own = whole_experts(weight)
     size, first = len(full) // 2, mesh.get_local_rank("ep") * len(full) // 2
     assert torch.equal(own, full[first : first + size])
     (own * (1 + dist.get_rank())).sum().backward()
     assert isinstance(weight.grad, DTensor)
     assert weight.grad.placements == weight.placements
     # Ranks 0 and 1 share the first half of the experts, 2 and 3 the second.
-    want = torch.full_like(full, (1 + 2) / 4)
-    want[size:] = (3 + 4) / 4
+    want = torch.full_like(full, 1 + 2)
+    want[size:] = 3 + 4
     assert torch.equal(weight.grad.full_tensor(), want)
 
 
 def test_shards() -> None:
     on_ranks(4, shards)
+
+
+def kept_bytes(mesh: str, compiled: bool) -> tuple[int, int]:
+    """The bytes that autograd keeps of tensors as large as a rank's experts, and of one shard."""
+    config = OptimizeConfig(compile={"backend": "aot_eager"} if compiled else False)
+    model, _ = both(mesh, small(), config)
+    shard = model.model.layers[0].mlp.experts.gate_up_proj
+    size = shard.numel() // 2
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**call_of(dist.get_rank()))
+    return sum(count == size for count in kept), shard.to_local().numel() * 4
+
+
+def gathered_is_not_kept() -> None:
+    for compiled in (False, True):
+        assert kept_bytes("dp_shard x ep", compiled)[0] == 0
+
+
+def test_gathered_experts_are_not_kept_for_the_backward() -> None:
+    on_ranks(4, gathered_is_not_kept)

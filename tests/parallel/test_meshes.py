@@ -72,7 +72,8 @@ def check_clipping(model: Any, reference: Any) -> None:
 
 
 def check_optimizers(model: Any, reference: Any) -> None:
-    for options in ({"fused": True}, {"foreach": True}, {}):
+    every: list[dict[str, Any]] = [{"fused": True}, {"foreach": True}, {}]
+    for options in every:
         for each in (model, reference):
             torch.optim.AdamW(each.parameters(), lr=1e-3, eps=1e-3, **options).step()
         state = reference.state_dict()

@@ -16,13 +16,12 @@ from transformers import Trainer, TrainingArguments
 
 import moe_compile
 from moe_compile import OptimizeConfig
-from tests.pairs import error, step, token_ids
+from tests.pairs import step, token_ids
 from tests.parallel.models import (
     both,
     call_of,
     check_equal,
     check_step,
-    gathered,
     optimized,
     small,
 )

@@ -64,4 +64,4 @@ def test_an_unknown_name() -> None:
 def test_no_provider() -> None:
     call = Call((torch.ones(2, 3), torch.zeros(2, 1), torch.ones(2, 1), 4, "world"))
     with pytest.raises(Refuse, match="torch has no implementation of dispatch"):
-        choose(dispatch, call)
+        choose(dispatch, call, "torch")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,6 +37,7 @@ class Work:
     """What one run of the pipeline knows, from the groups to the installations."""
 
     layout: Layout | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: list[Group] = field(default_factory=list[Group])
     units: list[list[UnitGraph]] = field(default_factory=list[list[UnitGraph]])
     installations: list[Installation] = field(default_factory=list[Installation])
@@ -83,7 +85,7 @@ def optimize(
         for installation in work.installations:
             install(model, installation)
     with work.timed("compile"):
-        compile_units(model, work.groups, config)
+        compile_units(model, work.groups, config, work.device)
     if work.layout is not None:
         with work.timed("shard"):
             shard(model, work.groups, work.installations, work.layout, config)
@@ -135,6 +137,7 @@ def _analyze(
     work = Work(layout_of(mesh))
     with work.timed("probe"):
         shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
+        work.device = shadow.device
         calls = probe(shadow, example_inputs)
     with work.timed("trace"):
         work.groups = group(shadow, calls)

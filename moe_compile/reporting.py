@@ -12,6 +12,7 @@ from moe_compile.report import PassSummary, Report, Site
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 _SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
+_MAX = torch.ops.aten.max.dim
 
 
 def summarize(
@@ -50,7 +51,7 @@ def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
     routers = _routers(unit)
     sites: dict[str, Site] = {}
     for node in unit.graph.nodes:
-        if node.target not in _SELECTIONS:
+        if not _is_selection(node):
             continue
         path = unit.owner(node)
         name = f"{group.names[0]}.{path}" if path else group.names[0]
@@ -60,6 +61,13 @@ def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
         elif path not in sites:
             sites[path] = _unmatched(name, len(group.names), unit)
     return list(sites.values())
+
+
+def _is_selection(node: fx.Node) -> bool:
+    """Top-k, argmax, or a maximum whose place somebody uses."""
+    if node.target is _MAX:
+        return any(user.args[1:] == (1,) and user.users for user in node.users)
+    return node.target in _SELECTIONS
 
 
 def _unmatched(name: str, layers: int, unit: UnitGraph) -> Site:
@@ -83,7 +91,7 @@ def _routers(unit: UnitGraph) -> set[str]:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.target in _SELECTIONS:
+        if _is_selection(node):
             found.add(unit.owner(node))
         elif not _is_floating(node):
             todo += node.all_input_nodes

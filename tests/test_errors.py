@@ -1,3 +1,5 @@
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,15 +15,20 @@ PLACES = [moe_compile.optimize, moe_compile.explain]
 places = pytest.mark.parametrize("place", PLACES)
 
 
+@dataclass(frozen=True)
 class Mesh:
-    """What `check_mesh` reads of a mesh, without a process group."""
+    """As much of a DeviceMesh as is looked at before any process group is made."""
 
-    def __init__(self, names: tuple[str, ...] | None, size: int) -> None:
-        self.mesh_dim_names = names
-        self.count = size
+    mesh_dim_names: tuple[str, ...] | None
+    shape: tuple[int, ...]
+    device_type: str = "cpu"
 
-    def size(self) -> int:
-        return self.count
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> int:
+        return math.prod(self.shape) if dim is None else self.shape[dim]
 
 
 @pytest.fixture
@@ -143,15 +150,23 @@ def test_example_inputs_without_a_tensor(place: Any) -> None:
 @pytest.mark.parametrize(
     ("mesh", "parts"),
     [
-        (Mesh(("ep", "tp"), 1), ("'tp'", "dp_replicate, dp_shard, ep", "rename")),
-        (Mesh(("ep",), 8), ("8 ranks", "one device", "mesh=None")),
-        (Mesh(None, 2), ("2 ranks", "mesh=None")),
+        (Mesh(("ep", "tp"), (2, 1)), ("'tp'", "dp_replicate, dp_shard, ep", "rename")),
+        (Mesh(None, (2, 2)), ("(2, 2)", "no names", "mesh_dim_names")),
     ],
 )
 def test_a_wrong_mesh(place: Any, mesh: Any, parts: tuple[str, ...], model: Any) -> None:
     with pytest.raises(ValueError, match=r"^the mesh got ") as error:
         place(model, mesh)
     check(error, *parts)
+
+
+@places
+def test_a_model_on_several_devices(place: Any) -> None:
+    model = build("mixtral", torch.bfloat16, num_hidden_layers=1)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="got parameters on cpu, meta and a mesh of cpu") as error:
+        place(model, Mesh(("ep",), (2,)))
+    check(error, "model.to")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moe_compile
-from tests.families import FAMILIES
+from moe_compile import OptimizeConfig
+from tests.families import FAMILIES, build
 from tests.pairs import Pair, check_close, error, inputs, pair, step, token_ids
 from tests.parity import errors, experts_of, pooled, recorded_routing, too_large
 
@@ -152,13 +153,38 @@ def test_the_rewritten_code_is_what_runs(family: str, dtype: torch.dtype, form: 
 
 @matrix
 @families
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_rewritten_code_runs_in_evaluation_and_autocast(family: str, autocast: bool) -> None:
-    model = pair(family, compiled=True).copies().optimized.train(mode=autocast)
-    ambient = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with torch.compiler.set_stance("force_eager"), ambient:
+@dtypes
+@pytest.mark.parametrize("training", [True, False])
+def test_the_rewritten_code_runs_under_autocast(
+    family: str, dtype: torch.dtype, training: bool
+) -> None:
+    model = pair(family, dtype, compiled=True).copies().optimized.train(mode=training)
+    with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
         calls = generated_calls(lambda: model(token_ids(), use_cache=False))
     assert calls == rewritten_owners(model)
+
+
+@matrix
+@families
+def test_the_rewritten_code_runs_in_evaluation(family: str) -> None:
+    model = pair(family, compiled=True).copies().optimized.eval()
+    with torch.compiler.set_stance("force_eager"):
+        calls = generated_calls(lambda: model(token_ids(), use_cache=False))
+    assert calls == rewritten_owners(model)
+
+
+PROVEN = [
+    pytest.param(family, dtype, marks=() if sample else matrix)
+    for family in FAMILIES
+    for dtype in DTYPES
+    for sample in [(family, dtype) in {("gpt_oss", torch.float32), ("mixtral", torch.bfloat16)}]
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), PROVEN)
+def test_every_rewrite_is_proven_over_a_prime_field(family: str, dtype: torch.dtype) -> None:
+    report = moe_compile.explain(build(family, dtype), config=OptimizeConfig(verify="full"))
+    assert [site for site in report.sites if site.status == "refused"] == []
 
 
 @families

@@ -1,6 +1,9 @@
+import copy
+import functools
 import gc
 import inspect
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import moe_compile
+from moe_compile import OptimizeConfig
 from tests.families import build
 from tests.pairs import Pair, check_close, error, inputs, make_pair, pair, step, token_ids
 
@@ -253,10 +257,44 @@ class Reversed(torch.autograd.Function):
         return -gradients[0]
 
 
-class CustomLayer(nn.Module):
-    def __init__(self) -> None:
+class ReversedNorm(torch.autograd.Function):
+    """A norm that is written as a function; its backward is on purpose another function's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return spelled_norm(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return -gradients[0], gradients[0].sum((0, 1))
+
+
+def spelled_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Norm(nn.Module):
+    """An RMSNorm, with a function outside it, inside it or for it."""
+
+    def __init__(self, where: str) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(16, eps=1e-6)
+        self.weight = nn.Parameter(torch.rand(16) + 0.5)
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "the whole norm":
+            return ReversedNorm.apply(x, self.weight)
+        if self.where == "inside the norm":
+            wide = Reversed.apply(x)
+            variance = Reversed.apply(wide.pow(2)).mean(-1, keepdim=True)
+            return self.weight * (wide * torch.rsqrt(variance + 1e-6))
+        return spelled_norm(x, self.weight)
+
+
+class CustomLayer(nn.Module):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.norm = Norm(where)
         self.linear = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,11 +324,55 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {"output": output.detach()} | named
 
 
-def test_a_custom_backward_is_kept_in_a_plain_module() -> None:
+FUNCTIONS = {"beside the norm": {"rewritten"}, "inside the norm": set(), "the whole norm": set()}
+
+
+@pytest.mark.parametrize("where", FUNCTIONS)
+@pytest.mark.parametrize("verify", ["off", "auto"])
+def test_a_custom_backward_is_kept(where: str, verify: Any) -> None:
     torch.manual_seed(0)
     ids = torch.arange(12).view(2, 6)
-    models = make_pair(Plain(CustomLayer), example_inputs=(ids,))
+    config = OptimizeConfig(verify=verify)
+    models = make_pair(Plain(lambda: CustomLayer(where)), config, example_inputs=(ids,))
+    norms = [s for s in moe_compile.report(models.optimized).sites if s.kind == "rms_norm"]
+    assert {site.status for site in norms} == FUNCTIONS[where]
     check_close(gradients(models.optimized, ids), gradients(models.original, ids))
+
+
+class ReversedSiLU(nn.Module):
+    """An activation whose backward is its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Reversed.apply(x) * torch.sigmoid(x)
+
+
+def test_a_custom_backward_between_the_experts_gemms_is_kept() -> None:
+    model = build("mixtral", num_hidden_layers=1)
+    model.model.layers[0].mlp.experts.act_fn = ReversedSiLU()
+    models = make_pair(model, OptimizeConfig(verify="off"))
+    (site,) = [s for s in moe_compile.report(models.optimized).sites if s.kind == "experts"]
+    assert site.status == "refused"
+    assert "custom autograd function: its backward would be lost" in str(site.reason)
+    check_close(step(models.optimized, **inputs()), step(models.original, **inputs()))
+
+
+def doubled(layer: Any, x: Tensor) -> Tensor:
+    return 2 * type(layer).forward(layer, x)
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+def test_a_layer_with_a_forward_of_its_own(is_method: bool) -> None:
+    """As accelerate's hooks make them."""
+    torch.manual_seed(0)
+    ids = torch.arange(12).view(2, 6)
+    model = Plain(lambda: CustomLayer("beside the norm"), depth=3)
+    layer: Any = model.layers[1]
+    own = types.MethodType(doubled, layer) if is_method else functools.partial(doubled, layer)
+    layer.forward = own
+    original = copy.deepcopy(model)
+    config = OptimizeConfig(compile={"backend": "aot_eager"})
+    moe_compile.optimize(model, config=config, example_inputs=(ids,))
+    check_close(gradients(model, ids), gradients(original, ids))
 
 
 HOOKED = [

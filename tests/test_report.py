@@ -85,13 +85,16 @@ class OddExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.gate(x).softmax(-1)
+        if self.select == "max":
+            weight, chosen = scores.max(-1, keepdim=True)
+            return x + self.scales[chosen.squeeze(-1)] * weight
         if self.select == "argmax":
             return x + self.scales[scores.argmax(-1)]
         weights, ids = scores.topk(2)
         return x + (self.scales[ids] * weights.unsqueeze(-1)).sum(-2)
 
 
-@pytest.mark.parametrize("select", ["topk", "argmax"])
+@pytest.mark.parametrize("select", ["topk", "argmax", "max"])
 def test_routing_into_unknown_experts_is_a_refused_site(select: str) -> None:
     model = nn.Sequential(nn.ModuleList([OddExperts(select)])[0])
     x = torch.randn(2, 5, 8)

@@ -22,13 +22,11 @@ def call_forms(unit: nn.Module, call: Call) -> list[tuple[Call, torch.dtype | No
     """The foreseen calls of a unit, each with the dtype of autocast; the plain call first.
 
     On fake tensors transformers always builds a boolean mask; on real ones it passes None when the
-    mask would hide nothing but the future. float32 weights are also trained under autocast.
+    mask would hide nothing but the future. Trainers put any model under autocast to bfloat16.
     """
-    dtypes = {parameter.dtype for parameter in unit.parameters()}
-    autocasts = [None, torch.bfloat16] if torch.float32 in dtypes else [None]
     unmasked = _without_masks(call)
     calls = [call] if unmasked.key() == call.key() else [unmasked, call]
-    return [(form, autocast) for form in calls for autocast in autocasts]
+    return [(form, autocast) for form in calls for autocast in (None, torch.bfloat16)]
 
 
 def observe(

@@ -52,6 +52,7 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | None) -> dict[str, C
     """
     recorder = _Recorder(shadow)
     found = units(shadow.model)
+    own = {name: vars(unit)["forward"] for name, unit in found.items() if "forward" in vars(unit)}
     for name, unit in found.items():
         recorder.attach(name, unit)
     with shadow.mode, enable_python_dispatcher(), AnyDtypeGroupedMM(), torch.no_grad():
@@ -60,13 +61,15 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | None) -> dict[str, C
             shadow.model(**inputs)
         else:
             shadow.model(*_symbolic(example_inputs, shadow))
-    for unit in found.values():
+    for name, unit in found.items():
         del unit.forward
+        if name in own:
+            unit.forward = own[name]
     return recorder.calls
 
 
 def structure(module: nn.Module) -> Hashable:
-    """What two modules must share to be captured once: classes, parameters, buffers, hooks."""
+    """What two modules must share to be captured once: classes, forwards, tensors, hooks."""
     return tuple(
         (
             name,
@@ -77,9 +80,16 @@ def structure(module: nn.Module) -> Hashable:
                 if t is not None
             ),
             len(child._forward_hooks) + len(child._forward_pre_hooks),
+            _own_forward(child),
         )
         for name, child in module.named_modules()
     )
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """A forward that somebody put on the module itself; None where it is its class's."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__func__", forward)
 
 
 class _Recorder:

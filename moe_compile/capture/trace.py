@@ -48,7 +48,8 @@ class Capture:
     Attributes:
         graph: aten ops over `get_attr` nodes (parameters, by their name inside the unit), with an
             `enter` and an `exit` node around every submodule call. `node.meta["val"]` is the fake
-            value, `node.meta["calls"]` the calls that the node lies in, outermost first.
+            value, `node.meta["calls"]` the calls that the node lies in, outermost first, and
+            `node.meta["function"]` the custom autograd function that it lies in, or None.
         calls: the calls; number 0 is the unit itself.
         reads: the attributes that decide whether another unit may share this capture.
     """
@@ -121,6 +122,9 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
     with shadow.mode, enable_python_dispatcher():
         module = _functional(run, tensors, [leaves[i] for i in where])
     graph = _with_boundaries(module.graph, names)
+    for node in graph.nodes:
+        functions = [log.calls[i].label for i in node.meta["calls"] if log.calls[i].path is None]
+        node.meta["function"] = functions[0] if functions else None
     return Capture(graph, log.calls, log.reads, mode)
 
 

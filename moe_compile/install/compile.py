@@ -26,11 +26,14 @@ from moe_compile.install.forward import bind
 _LOG = logging.getLogger(__name__)
 
 
-def compile_units(model: nn.Module, groups: list[Group], config: OptimizeConfig) -> None:
-    """Compiles the layers of every group; what is beside the layers stays as it is."""
-    first = next(model.parameters(), None)
-    on_cuda = first is not None and first.device.type == "cuda"
-    if config.compile is False or (config.compile == "auto" and not on_cuda):
+def compile_units(
+    model: nn.Module, groups: list[Group], config: OptimizeConfig, device: torch.device
+) -> None:
+    """Compiles the layers of every group, for the device on which the model will train.
+
+    What is beside the layers stays as it is.
+    """
+    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return
     options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
     for number, group in enumerate(groups):
@@ -41,14 +44,17 @@ def compile_units(model: nn.Module, groups: list[Group], config: OptimizeConfig)
 
 def _compile_layers(layers: list[nn.Module], number: int, options: dict[str, Any]) -> None:
     inner = vars(layers[0]).get("forward")
-    function = type(layers[0]).forward if inner is None else inner.__func__
+    function = type(layers[0]).forward if inner is None else getattr(inner, "__func__", None)
+    if not isinstance(function, types.FunctionType):
+        _LOG.warning("a %s has a forward of its own and runs uncompiled", type(layers[0]).__name__)
+        return
     entry = _entry(function, number, options)
     for layer in layers:
         bind(layer, entry)
 
 
 def _entry(
-    function: Callable[..., Any], number: int, options: dict[str, Any]
+    function: types.FunctionType, number: int, options: dict[str, Any]
 ) -> Callable[..., Any]:
     """A forward that compiles `function` once for every way in which it is called."""
     compiled: dict[Hashable, Callable[..., Any]] = {}
@@ -107,9 +113,8 @@ def _warn_about_cache() -> None:
 _warned = False
 
 
-def _copy(function: Callable[..., Any], number: int, version: int) -> Callable[..., Any]:
+def _copy(function: types.FunctionType, number: int, version: int) -> Callable[..., Any]:
     """The same function with a code object of its own."""
-    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{number}_{version}")
     copy = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__

@@ -133,7 +133,7 @@ def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) ->
                 return candidate.run(self, *tensors)
         if is_shared:
             raise RuntimeError(_no_other_path(type(self).__name__))
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             _warn_of_fallback(type(self).__name__)
         return original(self, *args, **kwargs)
 
@@ -148,13 +148,19 @@ def _no_other_path(kind: str) -> str:
     )
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo runs it while it traces
 def _warn_of_fallback(kind: str) -> None:
+    if kind in _warned:
+        return
+    _warned.add(kind)
     _LOG.warning(
         "%s runs its own code in training: it is called in a form that was not captured. The usual "
         "cause is a key-value cache: pass use_cache=False to the model",
         kind,
     )
+
+
+_warned = set[str]()
 
 
 def bind(module: nn.Module, function: Callable[..., Any]) -> None:

@@ -311,9 +311,15 @@ def _compare_argument(
 def check_escapes(match: Match) -> None:
     """Refuses a match whose inner values are used elsewhere: they would have to stay.
 
+    So would a custom autograd function, of which the trace has the forward only.
+
     An inner value may be an output of the owner that nothing in the unit uses (attention weights):
     the installed forward returns None for it, and steps aside where somebody listens.
     """
+    for node in match.nodes:
+        if node.meta.get("function"):
+            name = node.meta["function"]
+            raise Refuse(f"{name} is a custom autograd function: its backward would be lost", node)
     crossed, owner = crossed_calls(match), owner_calls(match)[-1]
     for node in match.nodes - {match.root}:
         for user in node.users:

@@ -93,7 +93,8 @@ class Pipeline:
     def _index(self, name: str) -> int:
         if name not in self.names():
             raise ValueError(
-                f"got {name!r}, which is no pass of this pipeline; it has {', '.join(self.names())}"
+                f"got {name!r}, which is no pass of this pipeline; it takes the name of one: "
+                f"{', '.join(self.names())}; see Pipeline.names()"
             )
         return self.names().index(name)
 

@@ -88,7 +88,8 @@ class Verifier:
 
     def check(self, graph: UnitGraph, call: int, variant: Variant, program: Program) -> None:
         """Refuses a variant whose program does not compute what the module computes."""
-        if not self.enabled or any(map(is_random, graph.captured.nodes)):
+        inside = (n for n in graph.captured.nodes if call in n.meta.get("calls", ()))
+        if not self.enabled or any(map(is_random, inside)):
             return
         self.unit.train(graph.mode.training is not False)
 
@@ -126,10 +127,11 @@ class Verifier:
         assert graph.raised is not None
         owner = self.unit.get_submodule(graph.path(call))
         _, tensors = self._inputs(graph, owner, variant, 0)
-        captured = _program(graph, graph.captured, call)
+        captured, raised = (
+            _program(graph, stage, call) for stage in (graph.captured, graph.raised)
+        )
         with autocast(graph.mode, tensors[0].device):
-            _, used = run(captured, owner, tensors)
-        raised = _program(graph, graph.raised, call)
+            _, used = run(raised, owner, tensors)  # a rewrite may drop what nobody uses
         _prove(captured, raised, owner, tensors, used)
 
     def _inputs(
@@ -145,9 +147,13 @@ class Verifier:
 
         handle = owner.register_forward_pre_hook(record, with_kwargs=True)
         args, kwargs = _example_call(graph, next(self.unit.parameters()).device, seed)
-        with torch.no_grad(), autocast(graph.mode, next(self.unit.parameters()).device):
-            self.unit.get_submodule(graph.prefix)(*args, **kwargs)
-        handle.remove()
+        try:
+            with torch.no_grad(), autocast(graph.mode, next(self.unit.parameters()).device):
+                self.unit.get_submodule(graph.prefix)(*args, **kwargs)
+        except Exception as error:  # foreign code on inputs that it may not expect
+            raise Refuse(f"its own code fails on small random inputs: {error}") from error
+        finally:
+            handle.remove()
         if not seen:
             raise Refuse("a real call of the module differs from the captured one")
         return seen[0]
@@ -296,9 +302,12 @@ def _prove(
 
     parameters = [p.detach() for p in module.parameters()]
     try:
-        prove(function(before), function(after), [*wide, *parameters])
+        with _Float64():
+            prove(function(before), function(after), [*wide, *parameters])
     except Disproved as disproof:
         raise Refuse(f"disproved over a prime field: {disproof}") from None
+    except NotImplementedError as unknown:
+        raise Refuse(f"cannot be proven over a prime field: {unknown}") from None
 
 
 class _Holder(nn.Module):

@@ -184,7 +184,7 @@ def emulation() -> None:
     made = buffer(dist.group.WORLD, size, 0, explicitly_destroy=True)  # type: ignore[arg-type]
     x, ids, weights = tokens_of("uneven", rank)
     per_rank, _, per_expert, is_sent, _ = made.get_dispatch_layout(ids, EXPERTS)
-    layout = {
+    layout: dict[str, Any] = {
         "num_tokens_per_rank": per_rank,
         "is_token_in_rank": is_sent,
         "num_tokens_per_expert": per_expert,

@@ -222,7 +222,8 @@ class Buffer:
         heads = torch.where(is_sent, slots, -1).int().contiguous()
         index = torch.arange(tokens, dtype=torch.int32)
         partial: Any = (rank_prefix, channel_prefix, received, None, is_sent, heads)
-        return (*partial[:3], self._send(index, partial), *partial[4:])
+        source = self._send(index, partial)
+        return rank_prefix, channel_prefix, received, source, is_sent, heads
 
     def _received(self, rank_prefix: Tensor) -> list[int]:
         """The rows that come from each rank."""

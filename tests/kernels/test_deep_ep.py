@@ -29,7 +29,7 @@ EXPERTS, PICKS, HIDDEN, WIDTH = 8, 2, 32, 16
 CASES = ["even", "uneven", "one rank has no tokens", "no tokens", "one expert", "none picked"]
 LIMIT = 0.02  # bfloat16, summed in another order than one process would
 
-Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Program = Callable[..., Tensor]
 
 
 def tokens_of(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,9 @@ class OptimizeConfig:
         compile: hand each layer to `torch.compile(fullgraph=True)`: `"auto"` is on for CUDA and off
             for the CPU; a dict is passed on as options.
         fsdp: shard with FSDP2: `"auto"` is on when the mesh has more than one rank.
-        dispatcher: how tokens travel between expert-parallel ranks.
+        dispatcher: how tokens travel between expert-parallel ranks: `"auto"` is DeepEP where it is
+            installed and takes the model, else all_to_all, and so is `"deepep"`; the report says
+            which of them, and why it could not be DeepEP.
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).

@@ -42,13 +42,18 @@ class PassSummary:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `optimize` or `explain`. `str()` is a table, `to_json()` a dict."""
+    """The result of `optimize` or `explain`. `str()` is a table, `to_json()` a dict.
+
+    `dispatchers` are the providers that carry tokens between ranks; to each belongs the reason why
+    the one that was preferred, or asked for, could not. They are part of `mesh` in the dict.
+    """
 
     sites: tuple[Site, ...]
     passes: tuple[PassSummary, ...]
     captures: int
     mesh: dict[str, int] = field(default_factory=dict[str, int])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    dispatchers: dict[str, str | None] = field(default_factory=dict[str, str | None])
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and values."""
@@ -56,7 +61,7 @@ class Report:
             "sites": [asdict(site) for site in self.sites],
             "passes": [asdict(step) for step in self.passes],
             "captures": self.captures,
-            "mesh": dict(self.mesh),
+            "mesh": self.mesh | ({"dispatchers": self.dispatchers} if self.dispatchers else {}),
             "seconds": dict(self.seconds),
         }
 
@@ -66,6 +71,8 @@ class Report:
         lines = _table(header, rows)
         if not any(site.kind == "experts" for site in self.sites):
             lines.append("No mixture-of-experts block was found in this model.")
+        for name, reason in self.dispatchers.items():
+            lines.append(f"Tokens travel by {name}" + (f", as {reason}" if reason else "") + ".")
         timing = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
         lines.append(f"{self.captures} captures; {timing}")
         return "\n".join(lines)

@@ -7,7 +7,7 @@ from torch import fx
 
 from moe_compile.capture.group import Group
 from moe_compile.install.sites import Installation
-from moe_compile.ops import experts
+from moe_compile.ops import dispatch, experts
 from moe_compile.report import PassSummary, Report, Site
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -34,7 +34,15 @@ def summarize(
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     captures = sum(map(len, units))
-    return Report(tuple(sites), _passes(units), captures, dict(mesh), dict(seconds))
+    return Report(
+        tuple(sites), _passes(units), captures, dict(mesh), dict(seconds), _dispatchers(units)
+    )
+
+
+def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
+    nodes = [n for graphs in units for unit in graphs for n in unit.graph.nodes]
+    planned = [n.meta for n in nodes if n.meta.get("op") is dispatch]
+    return {meta["provider"]: meta["instead_of"] for meta in planned}
 
 
 def _unit_of(site: Site, order: dict[str, int]) -> str:

@@ -8,8 +8,8 @@ from torch import fx
 from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.passes.facts import NORMALIZED, PLANNED
-from moe_compile.providers.provider import Call
-from moe_compile.providers.registry import choose
+from moe_compile.providers.provider import Call, Provider
+from moe_compile.providers.registry import choose, choose_dispatcher
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -29,7 +29,7 @@ class ChooseProviders(Pass):
         for node in nodes:
             op: CanonicalOp[..., Any] = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            call = Call(args, kwargs, unit.mode.autocast)
+            call = Call(args, kwargs, unit.mode.autocast, unit.ep)
             node.meta |= _plan(op, call, _wanted(node, unit))
         return len(nodes)
 
@@ -44,14 +44,20 @@ def _wanted(node: fx.Node, unit: UnitGraph) -> str | None:
 
 def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str, Any]:
     """The notes for one node. What no provider takes is inlined from the reference."""
+    if op is ops.dispatch:
+        provider, instead_of = choose_dispatcher(call, wanted)
+        return _notes(op, provider) | {"instead_of": instead_of}
     try:
         provider, _ = choose(op, call, wanted)
     except Refuse:
-        assert op not in (ops.dispatch, ops.combine), "all_to_all takes every call"
+        assert op is not ops.combine, "who takes a dispatch takes its combine"
         return {"provider": "reference", "implementation": op.reference, "keeps": None}
-    implementation = provider.implementation(op)
+    return _notes(op, provider)
+
+
+def _notes(op: CanonicalOp[..., Any], provider: Provider) -> dict[str, Any]:
     return {
         "provider": provider.name,
-        "implementation": implementation,
+        "implementation": provider.implementation(op),
         "keeps": provider.keeps(op),
     }

@@ -1,5 +1,6 @@
 """What a user's mesh means: who has other data, who shares parameters, who owns which experts."""
 
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,13 @@ class ExpertParallel:
         group: the name of their process group.
         size: how many they are.
         data_ranks: how many ranks have data, over all groups: a gradient is the mean over them.
+        one_machine: whether all of them are on one machine.
     """
 
     group: str
     size: int
     data_ranks: int
+    one_machine: bool
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Layout:
         data: what FSDP2 shards over: every rank, or (dp_replicate, every rank of one replica).
         experts: (dp_replicate, ep, dp_shard) without those of size 1; None without expert
             parallelism. `ep` is outside of `dp_shard`, so that both can split the experts by id.
+        one_machine: whether the ranks that share this rank's experts are on one machine.
     """
 
     sizes: dict[str, int]
     data: DeviceMesh
     experts: DeviceMesh | None
+    one_machine: bool
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +63,7 @@ class Layout:
         if self.experts is None:
             return None
         group: dist.ProcessGroup = self.experts.get_group("ep")
-        return ExpertParallel(group.group_name, self.sizes["ep"], self.ranks)
+        return ExpertParallel(group.group_name, self.sizes["ep"], self.ranks, self.one_machine)
 
 
 def layout_of(mesh: DeviceMesh | None) -> Layout | None:
@@ -69,13 +74,17 @@ def layout_of(mesh: DeviceMesh | None) -> Layout | None:
     sizes = {name: mesh.size(names.index(name)) if name in names else 1 for name in NAMES}
     order = [names.index(name) for name in NAMES if name in names]
     ranks = mesh.mesh.permute(order).reshape(*sizes.values())
-    return Layout(
-        sizes,
-        _mesh(mesh.device_type, ranks.flatten(1), ("dp_replicate", "dp_shard")),
-        _mesh(mesh.device_type, ranks.transpose(1, 2), ("dp_replicate", "ep", "dp_shard"))
-        if sizes["ep"] > 1
-        else None,
-    )
+    data = _mesh(mesh.device_type, ranks.flatten(1), ("dp_replicate", "dp_shard"))
+    if sizes["ep"] == 1:
+        return Layout(sizes, data, None, one_machine=True)
+    experts = _mesh(mesh.device_type, ranks.transpose(1, 2), ("dp_replicate", "ep", "dp_shard"))
+    return Layout(sizes, data, experts, _are_on_one_machine(experts.get_group("ep")))
+
+
+def _are_on_one_machine(group: dist.ProcessGroup) -> bool:
+    names = [""] * group.size()
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return len(set(names)) == 1
 
 
 def dimension_names(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.rewrite.refuse import Refuse
 
 
@@ -14,12 +15,14 @@ from moe_compile.rewrite.refuse import Refuse
 class Call:
     """The arguments of one call of an op, with fake tensors where the graph passes tensors.
 
-    `autocast` is the dtype of the autocast that the call runs under, or None.
+    `autocast` is the dtype of the autocast that the call runs under, or None; `ep` the ranks that
+    share the experts, or None where each has all of them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     autocast: torch.dtype | None = None
+    ep: ExpertParallel | None = None
 
     def arguments(self, op: CanonicalOp[..., Any]) -> dict[str, Any]:
         """Every argument of `op` by name, defaults included."""

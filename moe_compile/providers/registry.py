@@ -2,13 +2,19 @@
 
 from typing import Any
 
+from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.all_to_all import AllToAllProvider
+from moe_compile.providers.deepep import DeepEPProvider
 from moe_compile.providers.provider import Call, Provider
 from moe_compile.providers.torch import TorchProvider
 from moe_compile.rewrite.refuse import Refuse
 
-PROVIDERS: tuple[Provider, ...] = (TorchProvider(), AllToAllProvider())
+PROVIDERS: tuple[Provider, ...] = (
+    TorchProvider(),
+    DeepEPProvider(),
+    AllToAllProvider(),
+)
 """Every provider, the preferred first."""
 
 
@@ -39,3 +45,18 @@ def choose(
             return provider, refusals
         refusals.append(refusal)
     raise Refuse(f"no provider takes {op.name}: " + "; ".join(r.reason for r in refusals))
+
+
+def choose_dispatcher(call: Call, wanted: str | None = None) -> tuple[Provider, str | None]:
+    """Who dispatches: `wanted`, or DeepEP, or else all_to_all, which takes every call.
+
+    Returns:
+        the provider, and why it had to be all_to_all instead of the other one.
+    """
+    first, last = _named(wanted or "deepep"), _named("all_to_all")
+    refusal = first.supports(ops.dispatch, call)
+    return (first, None) if refusal is None else (last, refusal.reason)
+
+
+def _named(name: str) -> Provider:
+    return next(provider for provider in PROVIDERS if provider.name == name)

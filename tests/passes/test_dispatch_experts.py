@@ -18,7 +18,7 @@ class Early(DispatchExperts):
     name = "early"
 
 
-TWO = ExpertParallel("some group", size=2, data_ranks=6)
+TWO = ExpertParallel("some group", size=2, data_ranks=6, one_machine=True)
 
 
 def raised_unit(ep: ExpertParallel | None) -> UnitGraph:
@@ -62,7 +62,7 @@ def test_tokens_travel_to_the_experts_and_back() -> None:
 
 
 def test_ranks_that_do_not_divide_the_experts() -> None:
-    unit = raised_unit(ExpertParallel("some group", size=3, data_ranks=3))
+    unit = raised_unit(ExpertParallel("some group", size=3, data_ranks=3, one_machine=True))
     with pytest.raises(ValueError, match=r"got 3 ranks for ep, and up has 4 experts; .*: 1, 2, 4"):
         DispatchExperts().run(unit)
 

@@ -1,0 +1,166 @@
+"""Dispatch and combine by DeepEP's `Buffer`, over NVLink: one copy of a token to each rank.
+
+Three custom ops without state, as in `all_to_all`. `deep_ep_dispatch` returns the six tensors of
+DeepEP's handle as plain outputs, and the other two take them, so a graph that holds them can be
+traced again, recomputed and reordered:
+
+* the backward of dispatch is `deep_ep_combine` with the weights' gradient beside the rows';
+* the backward of combine is `deep_ep_redispatch`: no layout, no waiting.
+
+Every rank of the group must make each call, with any number of tokens. Dispatch waits for the
+device once, to learn how many rows come. No event outlives an op: each ends on the current stream.
+Below, T are a rank's tokens, U the rows it receives, R the ranks, C the channels: half the SMs.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compile.kernels.all_to_all import process_group
+
+_BUFFERS: dict[str, Any] = {}
+"""The one buffer of each process group, by the group's name."""
+
+
+def library() -> Any:
+    """The module `deep_ep`, an optional dependency that is loaded when it is first needed."""
+    return importlib.import_module("deep_ep")
+
+
+def _buffer(hidden: int, name: str) -> Any:
+    """The group's buffer, made or made larger here: all ranks get here with the same width."""
+    group, buffer = process_group(name), library().Buffer
+    size = _buffer_bytes(hidden, group.size(), buffer.num_sms)
+    held = _BUFFERS.get(name)
+    if held is not None and held.group is group and held.num_nvl_bytes >= size:
+        return held
+    if held is not None:
+        held.destroy()
+    _BUFFERS[name] = buffer(group, size, 0, explicitly_destroy=True)
+    return _BUFFERS[name]
+
+
+@functools.lru_cache
+def _buffer_bytes(hidden: int, ranks: int, _sms: int) -> int:
+    """The bytes that rows of bfloat16 need; the configurations depend on the number of SMs."""
+    buffer = library().Buffer
+    configs = buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)
+    return max(config.get_nvl_buffer_size_hint(hidden * 2, ranks) for config in configs)
+
+
+def destroy_buffers() -> None:
+    """Frees every buffer; all ranks must call it, while their process groups exist."""
+    while _BUFFERS:
+        _BUFFERS.popitem()[1].destroy()
+
+
+@torch.library.custom_op("moe_compile::deep_ep_dispatch", mutates_args=())
+def deep_ep_dispatch(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
+
+    Returns:
+        rows [U, H], local ids [U, K], weights [U, K]; and the handle: the prefix sums of ranks
+        [R, R], of channels sent [R, C] and received [R, C], the source of each row [U], whether a
+        token goes to a rank [T, R], and the heads of the queues of what was sent [T, R].
+    """
+    buffer = _buffer(x.shape[1], group)
+    picks = ids.to(torch.int64).contiguous()
+    per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
+    rows, local_ids, their_weights, _, handle, _ = buffer.dispatch(
+        x.contiguous(),
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=is_sent,
+        num_tokens_per_expert=per_expert,
+        topk_idx=picks,
+        topk_weights=weights.to(torch.float32).contiguous(),
+    )
+    return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
+
+
+@torch.library.custom_op("moe_compile::deep_ep_combine", mutates_args=())
+def deep_ep_combine(
+    y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str
+) -> tuple[Tensor, Tensor]:
+    """Return rows y [U, H], and weights [U, K] where given, and sum those of each token.
+
+    Returns:
+        [T, H] and [T, K], or [0, 0] without weights. Sums are in float32.
+    """
+    # DeepEP writes into the heads of the queues, and an op must not change what it is given.
+    private = (*handle[:5], handle[5].clone())
+    sent = None if weights is None else weights.to(torch.float32).contiguous()
+    buffer = _buffer(y.shape[1], group)
+    out, back, _ = buffer.combine(y.contiguous(), private, topk_weights=sent)
+    if weights is None:
+        return out, y.new_empty(0, 0)
+    return out, back.to(weights.dtype)
+
+
+@torch.library.custom_op("moe_compile::deep_ep_redispatch", mutates_args=())
+def deep_ep_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
+    """Send g [T, H] as dispatch sent x; returns [U, H]."""
+    rows: Tensor = _buffer(g.shape[1], group).dispatch(g.contiguous(), handle=tuple(handle))[0]
+    return rows
+
+
+@deep_ep_dispatch.register_fake
+def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
+    context = torch.library.get_ctx()
+    rows, channels = context.new_dynamic_size(), context.new_dynamic_size()
+    ranks, tokens = process_group(group).size(), x.shape[0]
+    new = functools.partial(ids.new_empty, dtype=torch.int32)
+    return (
+        x.new_empty(rows, x.shape[1]),
+        ids.new_empty(rows, ids.shape[1]),
+        weights.new_empty(rows, weights.shape[1]),
+        new((ranks, ranks)),
+        new((ranks, channels)),
+        new((ranks, channels)),
+        new((rows,)),
+        ids.new_empty((tokens, ranks), dtype=torch.bool),
+        new((tokens, ranks)),
+    )
+
+
+@deep_ep_combine.register_fake
+def _(y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str) -> Any:
+    tokens = handle[5].shape[0]
+    if weights is None:
+        return y.new_empty(tokens, y.shape[1]), y.new_empty(0, 0)
+    return y.new_empty(tokens, y.shape[1]), weights.new_empty(tokens, weights.shape[1])
+
+
+@deep_ep_redispatch.register_fake
+def _(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
+    return g.new_empty(handle[3].shape[0], g.shape[1])
+
+
+def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.group = inputs[-1]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(output[1], *output[3:])
+
+
+def _dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
+    grads = deep_ep_combine(rows, weights, list(ctx.saved_tensors), ctx.group)
+    return grads[0], None, grads[1], None, None
+
+
+def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
+    _, _, handle, ctx.group = inputs
+    ctx.save_for_backward(*handle)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    handle = list(ctx.saved_tensors)
+    return deep_ep_redispatch(grad, handle, ctx.group), None, [None] * len(handle), None
+
+
+deep_ep_dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)
+deep_ep_combine.register_autograd(_combine_backward, setup_context=_save_combine)

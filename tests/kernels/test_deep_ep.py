@@ -1,0 +1,213 @@
+"""DeepEP's ops, on its emulation: against all_to_all bit for bit, and against dense experts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moe_compile.kernels import deep_ep
+from moe_compile.kernels.deep_ep import (
+    deep_ep_combine,
+    deep_ep_dispatch,
+    deep_ep_redispatch,
+    destroy_buffers,
+)
+from moe_compile.ops import combine, dispatch, experts
+from moe_compile.providers.all_to_all import AllToAllProvider
+from moe_compile.providers.deepep import DeepEPProvider
+from moe_compile.providers.provider import Provider
+from moe_compile.providers.torch import TorchProvider
+from tests import deep_ep_emulator
+from tests.pairs import error
+from tests.ranks import on_ranks
+
+EXPERTS, PICKS, HIDDEN, WIDTH = 8, 2, 32, 16
+CASES = ["even", "uneven", "one rank has no tokens", "no tokens", "one expert", "none picked"]
+LIMIT = 0.02  # bfloat16, summed in another order than one process would
+
+Program = Callable[..., Tensor]
+
+
+def tokens_of(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Different tokens on each rank, with their picks; the weights are bfloat16 or float32."""
+    counts = {"even": 6, "uneven": 3 + 50 * rank, "one rank has no tokens": 4 * rank}
+    count = 0 if case == "no tokens" else counts.get(case, 5)
+    generator = torch.Generator().manual_seed(rank)
+    weights, ids = torch.rand(count, EXPERTS, generator=generator).topk(PICKS)
+    if case == "one expert":
+        ids = torch.full_like(ids, 6).index_fill(1, torch.tensor([1]), -1)
+    if case == "none picked":
+        ids = torch.full_like(ids, -1)
+    x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
+    return x, ids, weights.bfloat16() if case == "even" else weights
+
+
+def parameters() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    up = torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator)
+    return up.bfloat16(), torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator).bfloat16()
+
+
+def group() -> str:
+    return dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+
+def dense(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+    return experts(x, ids, weights, up, down, torch.tanh)
+
+
+def parallel(provider: Provider) -> Program:
+    send, bring = provider.implementation(dispatch), provider.implementation(combine)
+    compute = TorchProvider().implementation(experts)
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+        rows, theirs, weighed, handle = send(x, ids, weights, EXPERTS, group())
+        y = compute(rows, theirs, weighed, up, down, torch.tanh)
+        out: Tensor = bring(y, handle, x.shape[0], group())
+        return out
+
+    return run
+
+
+def recomputed(*inputs: Tensor) -> Any:
+    return checkpoint(parallel(DeepEPProvider()), *inputs, use_reentrant=False)
+
+
+def gradients(program: Program, *inputs: Tensor, ids: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = program(*leaves, ids)
+    generator = torch.Generator().manual_seed(3)
+    # Not contiguous, as a gradient may be.
+    cotangent = torch.randn(out.shape[::-1], generator=generator).to(out).T
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+def check_case(case: str, program: Program, *, exact: bool = True) -> None:
+    """`exact`: it computes what all_to_all does; Inductor may round less often."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    up, down = parameters()
+    x, ids, weights = tokens_of(case, rank)
+    want = gradients(dense, *(t.double() for t in (x, weights, up, down)), ids=ids)
+    for gradient in want[3:]:
+        dist.all_reduce(gradient)
+    want[3:] = [gradient[mine] for gradient in want[3:]]
+    inputs = x, weights, up[mine], down[mine]
+    got = gradients(program, *inputs, ids=ids)
+    other = gradients(parallel(AllToAllProvider()), *inputs, ids=ids)
+    for value, reference, same in zip(got, want, other, strict=True):
+        assert value.dtype == same.dtype
+        assert torch.equal(value, same) or not exact, case
+        assert error(value, reference) < LIMIT, case
+
+
+def check_programs() -> None:
+    deep_ep_emulator.install()
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    plain = parallel(DeepEPProvider())
+    compiled = [
+        torch.compile(program, fullgraph=True, backend="aot_eager", dynamic=True)
+        for program in (plain, recomputed)
+    ]
+    for program in (plain, recomputed, *compiled):
+        for case in CASES:
+            check_case(case, program)
+    check_buffers()
+    opcheck()
+    destroy_buffers()
+
+
+def check_buffers() -> None:
+    """One buffer for the group; wider rows and more SMs make a larger one, narrower rows do not."""
+    (first,) = deep_ep._BUFFERS.values()
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    for hidden, sms, is_new in ((16, 20, False), (64, 20, True), (64, 24, True), (32, 20, False)):
+        deep_ep_emulator.Buffer.set_num_sms(sms)
+        x = torch.ones(1, hidden, dtype=torch.bfloat16)
+        deep_ep_dispatch(x, ids, torch.ones(1, 1), EXPERTS, group())
+        (last,) = deep_ep._BUFFERS.values()
+        assert (last is not first) == is_new
+        assert first.available != is_new
+        first = last
+
+
+def opcheck() -> None:
+    x, ids, weights = tokens_of("uneven", dist.get_rank())
+    x.requires_grad_()
+    weights.requires_grad_()
+    outputs = deep_ep_dispatch(x, ids, weights, EXPERTS, group())
+    assert all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs)
+    handle, y = list(outputs[3:]), outputs[0].detach().requires_grad_()
+    torch.library.opcheck(deep_ep_dispatch, (x, ids, weights, EXPERTS, group()))
+    torch.library.opcheck(deep_ep_combine, (y, None, handle, group()))
+    torch.library.opcheck(deep_ep_combine, (y.detach(), outputs[2].detach(), handle, group()))
+    torch.library.opcheck(deep_ep_redispatch, (x.detach(), handle, group()))
+
+
+def check_plain() -> None:
+    deep_ep_emulator.install()
+    for case in CASES:
+        check_case(case, parallel(DeepEPProvider()))
+
+
+def check_inductor() -> None:
+    deep_ep_emulator.install()
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    program = torch.compile(
+        parallel(DeepEPProvider()), fullgraph=True, backend="inductor", dynamic=True
+    )
+    check_case("uneven", program, exact=False)
+    check_case("one rank has no tokens", program, exact=False)
+
+
+def test_eager_recomputed_and_compiled_on_two_ranks() -> None:
+    on_ranks(2, check_programs)
+
+
+def test_on_four_ranks() -> None:
+    on_ranks(4, check_plain)
+
+
+@pytest.mark.slow
+def test_compiled_with_inductor() -> None:
+    on_ranks(2, check_inductor)
+
+
+def emulation() -> None:
+    """What the library does not use, too: the worst case instead of waiting for the device."""
+    rank, buffer = dist.get_rank(), deep_ep_emulator.Buffer
+    size = buffer.get_dispatch_config(2).get_nvl_buffer_size_hint(HIDDEN * 2, 2)
+    made = buffer(dist.group.WORLD, size, 0, explicitly_destroy=True)  # type: ignore[arg-type]
+    x, ids, weights = tokens_of("uneven", rank)
+    per_rank, _, per_expert, is_sent, _ = made.get_dispatch_layout(ids, EXPERTS)
+    layout: dict[str, Any] = {
+        "num_tokens_per_rank": per_rank,
+        "is_token_in_rank": is_sent,
+        "num_tokens_per_expert": per_expert,
+        "topk_idx": ids,
+        "topk_weights": weights,
+    }
+    rows, picks, _, counts, handle, _ = made.dispatch(x, **layout)
+    assert sum(counts) == int((picks >= 0).sum())
+    padded, fixed, _, none, worst, _ = made.dispatch(x, **layout, num_worst_tokens=200)
+    assert none == []
+    assert padded.shape[0] == worst[3].shape[0] == 200
+    assert torch.equal(padded[: len(rows)], rows)
+    assert bool(padded[len(rows) :].isnan().all())
+    assert bool((fixed[len(rows) :] == -1).all())
+    assert torch.equal(made.combine(rows, handle)[0], made.combine(padded, worst)[0])
+    copies = is_sent.sum(1, keepdim=True)
+    assert torch.equal(made.combine(rows, handle)[0], (x.float() * copies).bfloat16())
+    assert torch.equal(made.dispatch(x, handle=handle)[0], rows)
+    for wrong in (x.float(), x.T, x[:, :24].contiguous()):
+        with pytest.raises(AssertionError):
+            made.dispatch(wrong, **layout)
+    made.destroy()
+
+
+def test_the_emulation_is_what_it_says() -> None:
+    on_ranks(2, emulation)

@@ -1,0 +1,215 @@
+import copy
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moe_compile
+from moe_compile import PIPELINE, OptimizeConfig
+from moe_compile.kernels.deep_ep import destroy_buffers
+from moe_compile.ops import combine, dispatch, rms_norm
+from moe_compile.parallel.layout import ExpertParallel
+from moe_compile.providers import Call
+from moe_compile.providers.deepep import DeepEPProvider
+from moe_compile.providers.registry import choose_dispatcher
+from tests import deep_ep_emulator
+from tests.families import build
+from tests.pairs import inputs, step
+from tests.ranks import on_ranks
+
+BF16 = torch.bfloat16
+REAL = SimpleNamespace(Buffer=object)  # no word of another device than CUDA
+
+
+def call_of(
+    hidden: int = 32,
+    picks: int = 2,
+    experts: int = 8,
+    ranks: int = 2,
+    dtype: torch.dtype = BF16,
+    weights: torch.dtype = torch.float32,
+    device: str = "cpu",
+    one_machine: bool = True,
+) -> Call:
+    """Fake arguments of a dispatch."""
+    with FakeTensorMode():
+        x = torch.empty(3, hidden, dtype=dtype, device=device)
+        ids = torch.empty(3, picks, dtype=torch.int64, device=device)
+        arguments = (x, ids, ids.to(weights), experts, "group")
+    ep = ExpertParallel("group", ranks, ranks, one_machine) if ranks > 1 else None
+    return Call(arguments, ep=ep)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_emulator)
+
+
+def reason_of(call: Call) -> str:
+    refusal = DeepEPProvider().supports(dispatch, call)
+    assert refusal is not None
+    return refusal.reason
+
+
+@pytest.mark.usefixtures("emulated")
+def test_what_it_takes() -> None:
+    provider = DeepEPProvider()
+    limits = call_of(hidden=8176, picks=32, experts=1024, ranks=8, weights=BF16)
+    for call in (call_of(), limits, call_of(hidden=16, ranks=4)):
+        assert provider.supports(dispatch, call) is None
+        assert provider.supports(combine, call) is None
+    refusal = provider.supports(rms_norm, call_of())
+    assert refusal is not None
+    assert refusal.reason == "deepep does not compute rms_norm"
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cuda:0"}, "takes tensors on cpu: got cuda"),
+        ({"dtype": torch.float32}, "takes bfloat16: got torch.float32"),
+        ({"weights": torch.float64}, "sends weights as float32: got torch.float64"),
+        ({"hidden": 40}, "widths that 16 divides, up to 8176: got 40"),
+        ({"hidden": 8192}, "widths that 16 divides, up to 8176: got 8192"),
+        ({"picks": 33}, "up to 32 experts for a token: got 33"),
+        ({"ranks": 1}, "takes 2, 4 or 8 ranks: got 1"),
+        ({"ranks": 3, "experts": 9}, "takes 2, 4 or 8 ranks: got 3"),
+        ({"ranks": 16, "experts": 64}, "takes 2, 4 or 8 ranks: got 16"),
+        ({"one_machine": False}, "ranks of one machine: the EP group spans several"),
+        ({"experts": 7}, "up to 128 experts a rank, equally many on each: got 7 on 2 ranks"),
+        ({"experts": 258}, "up to 128 experts a rank, equally many on each: got 258 on 2 ranks"),
+    ],
+    ids=str,
+)
+def test_refuses(options: dict[str, Any], reason: str) -> None:
+    assert reason in reason_of(call_of(**options))
+
+
+def test_refuses_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
+    assert "package deep_ep, whose import fails" in reason_of(call_of())
+    assert "tokenspeed-deepep==1.2.1" in reason_of(call_of())
+    v2 = SimpleNamespace(ElasticBuffer=object)
+    monkeypatch.setitem(sys.modules, "deep_ep", v2)
+    assert "the installed one is V2 alone" in reason_of(call_of())
+    monkeypatch.setitem(sys.modules, "deep_ep", REAL)
+    assert "takes tensors on cuda: got cpu" in reason_of(call_of())
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "joined", "reason"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (8, 0), True, "capability 9.0 or newer: got NVIDIA A100"),
+        ("NVIDIA H100 PCIe", (9, 0), True, "NVLink joins: got NVIDIA H100 PCIe"),
+        ("NVIDIA H100", (9, 0), False, "NVLink joins: got NVIDIA H100, not all joined"),
+        ("NVIDIA H100", (9, 0), True, None),
+    ],
+)
+def test_refuses_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    joined: bool,
+    reason: str | None,
+) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", REAL)
+    answers = {
+        "get_device_name": name,
+        "get_device_capability": capability,
+        "device_count": 2,
+        "can_device_access_peer": joined,
+    }
+    for function, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer: answer)
+    call = call_of(device="cuda:0")
+    if reason is None:
+        assert DeepEPProvider().supports(dispatch, call) is None
+    else:
+        assert reason in reason_of(call)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_refuses_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "fill_uninitialized_memory = False" in reason_of(call_of())
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    assert DeepEPProvider().supports(dispatch, call_of()) is None
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("wanted", "hidden", "name", "reason"),
+    [
+        (None, 32, "deepep", None),
+        ("deepep", 32, "deepep", None),
+        ("all_to_all", 32, "all_to_all", None),
+        (None, 40, "all_to_all", "deepep takes widths"),
+        ("deepep", 40, "all_to_all", "deepep takes widths"),
+        ("torch", 32, "all_to_all", "torch has no implementation of dispatch"),
+    ],
+)
+def test_who_dispatches(wanted: str | None, hidden: int, name: str, reason: str | None) -> None:
+    provider, why = choose_dispatcher(call_of(hidden=hidden), wanted)
+    assert provider.name == name
+    assert why == reason or (reason is not None and why is not None and why.startswith(reason))
+
+
+def optimized(model: Any, **options: Any) -> Any:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    passes = PIPELINE.without("raise_norms", "raise_rotary", "raise_attention", "raise_mlps")
+    config = OptimizeConfig(**options)
+    return moe_compile.optimize(copy.deepcopy(model), mesh, config, passes=passes)
+
+
+def check_model() -> None:
+    rank = dist.get_rank()
+    model = build("qwen3_moe", BF16, num_hidden_layers=2)
+    call = inputs(batch=1 + rank, length=7 + rank, seed=rank)
+    refused = optimized(model, dispatcher="deepep")
+    check_report(refused, "all_to_all", "deep_ep, whose import fails: ")
+    want = step(refused, **call)
+    deep_ep_emulator.install()
+    check_report(optimized(model, dispatcher="all_to_all"), "all_to_all", None)
+    compile = {"backend": "aot_eager"}
+    for options in ({}, {"dispatcher": "deepep"}, {"dispatcher": "deepep", "compile": compile}):
+        mine = optimized(model, **options)
+        check_report(mine, "deepep", None)
+        check_step(mine, want, call)
+        mine.gradient_checkpointing_enable()
+        check_step(mine, want, call)
+    destroy_buffers()
+
+
+def check_report(model: Any, name: str, reason: str | None) -> None:
+    report = moe_compile.report(model)
+    (site,) = [s for s in report.sites if s.kind == "experts"]
+    assert (site.status, site.provider) == ("rewritten", f"{name}, torch")
+    document = report.to_json()["mesh"]
+    assert document["ep"] == 2
+    ((found, why),) = document["dispatchers"].items()
+    assert found == name
+    assert (why is None) == (reason is None)
+    assert (reason or "") in (why or "")
+    (line,) = [line for line in str(report).splitlines() if line.startswith("Tokens travel")]
+    assert line.startswith(f"Tokens travel by {name}" + ("." if reason is None else ", as deepep "))
+
+
+def check_step(model: Any, want: dict[str, Any], call: dict[str, Any]) -> None:
+    got = step(model, **call)
+    assert got.keys() == want.keys()
+    assert [n for n, v in got.items() if not torch.equal(whole(v), whole(want[n]))] == []
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def test_a_model_gets_the_loss_and_gradients_of_all_to_all() -> None:
+    on_ranks(2, check_model)

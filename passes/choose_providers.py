@@ -49,8 +49,14 @@ def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str
         return _notes(op, provider) | {"instead_of": instead_of}
     try:
         provider, _ = choose(op, call, wanted)
-    except Refuse:
+    except Refuse as refusal:
         assert op is not ops.combine, "who takes a dispatch takes its combine"
+        if wanted is not None:
+            raise ValueError(
+                f"OptimizeConfig.providers got {wanted!r} for {op.name!r}, which refuses a call: "
+                f"{refusal.reason}; it takes a provider that takes every call; leave the op out "
+                "to have its provider chosen"
+            ) from None
         return {"provider": "reference", "implementation": op.reference, "keeps": None}
     return _notes(op, provider)
 

@@ -38,3 +38,10 @@ def test_refuses_a_provider_that_does_not_exist() -> None:
     unit.wanted_providers = {"rms_norm": "elsewhere"}
     with pytest.raises(ValueError, match="no provider is called 'elsewhere'"):
         ChooseProviders().run(unit)
+
+
+def test_a_wanted_provider_that_refuses_is_an_error() -> None:
+    unit = raised_unit()
+    unit.wanted_providers = {"rms_norm": "all_to_all"}
+    with pytest.raises(ValueError, match="got 'all_to_all' for 'rms_norm', which refuses a call"):
+        ChooseProviders().run(unit)

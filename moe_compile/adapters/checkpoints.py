@@ -211,11 +211,10 @@ def stored_state(model: Any) -> dict[str, Tensor]:
     return remove_tied_weights_from_state_dict(state, model)
 
 
-def class_save(model: nn.Module, options: dict[str, Any]) -> None:
+def class_save(model: Any, options: dict[str, Any]) -> None:
     """The class's own `save_pretrained`."""
-    save: Any = type(model).save_pretrained
     with _own_classes(model):
-        save(model, **options)
+        type(model).save_pretrained(model, **options)
 
 
 def adapter_names(

@@ -49,7 +49,8 @@ def _paths(folder: Path) -> list[Path]:
         what = f"has no {_SINGLE} and no {_INDEX}" if folder.is_dir() else "is no folder"
         raise ValueError(
             f"load_pretrained got {folder}, which {what}; it takes a folder with safetensors "
-            "files; download one with huggingface_hub.snapshot_download, or save one with save_pretrained"
+            "files; download one with huggingface_hub.snapshot_download, or save one with "
+            "save_pretrained"
         )
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     absent = sorted(name for name in names if not (folder / name).is_file())

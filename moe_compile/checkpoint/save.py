@@ -191,8 +191,8 @@ def _gather(
 def _whole(tensor: Tensor, keep: bool) -> Tensor:
     """The whole of a shard, on the CPU where it is kept; all ranks must call it."""
     if isinstance(tensor, DTensor):
-        kind = tensor.device_mesh.device_type
-        tensor = (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
+        # Offloaded shards are gathered where the ranks can talk.
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return tensor.detach().cpu() if keep else tensor.new_empty(0)
 
 

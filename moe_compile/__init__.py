@@ -1,5 +1,6 @@
 """Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
 
+from moe_compile.checkpoint.load import load_pretrained
 from moe_compile.config import OptimizeConfig
 from moe_compile.optimize import explain, optimize, report
 from moe_compile.parallel.clip import clip_grad_norm_
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "clip_grad_norm_",
     "explain",
+    "load_pretrained",
     "optimize",
     "report",
 ]

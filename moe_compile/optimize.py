@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_compile.adapters.checkpoints import settle_dtypes
 from moe_compile.capture.group import Group, group
 from moe_compile.capture.probe import probe
 from moe_compile.capture.shadow import Shadow, cast_shadow
+from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.compile import compile_units
@@ -78,6 +80,7 @@ def optimize(
             `passes`, or missing `example_inputs`; says what was got, what is taken and what to do.
     """
     config = OptimizeConfig() if config is None else config
+    settle_dtypes(model)
     work = _analyze(model, mesh, config, PIPELINE if passes is None else passes, example_inputs)
     if work.layout is not None:
         check_agreement(_plan(model, config, work), work.layout)
@@ -89,6 +92,7 @@ def optimize(
     if work.layout is not None:
         with work.timed("shard"):
             shard(model, work.groups, work.installations, work.layout, config)
+            bind_save(model, work.layout)
     setattr(model, _REPORT, _summary(work))
     return model
 

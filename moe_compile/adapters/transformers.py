@@ -44,7 +44,9 @@ def _outer(model: nn.Module) -> Iterator[nn.Module]:
     """`model` and what a PEFT wrapper keeps at `base_model.model`."""
     yield model
     inner = getattr(model, "base_model", None)
-    if inner is not None and type(model).__module__.startswith("peft"):
+    # FSDP2 makes a subclass of a model's class.
+    kinds = type(model).__mro__
+    if inner is not None and any(kind.__module__.startswith("peft") for kind in kinds):
         yield getattr(inner, "model", inner)
 
 

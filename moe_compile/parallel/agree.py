@@ -15,12 +15,11 @@ def check_agreement(plan: list[str], layout: Layout) -> None:
     """
     digest = hashlib.sha256("\n".join(plan).encode()).hexdigest()
     digests: list[str | None] = [None] * layout.ranks
-    group = layout.data.get_group() if layout.data.ndim == 1 else None
-    dist.all_gather_object(digests, digest, group=group)
+    dist.all_gather_object(digests, digest, group=layout.group)
     if len(set(digests)) == 1:
         return
     plans: list[list[str]] = [[] for _ in digests]
-    dist.all_gather_object(plans, plan, group=group)
+    dist.all_gather_object(plans, plan, group=layout.group)
     raise ValueError(_difference(plans))
 
 

@@ -10,7 +10,7 @@ contribution.
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,16 @@ def _shard_one(owner: nn.Module, name: str, mesh: DeviceMesh, device: torch.devi
 
 def _distribute(full: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
     placements = placements_of(full, mesh)
+    local = local_part(full, mesh, placements)
+    target = full.device if full.is_meta else device
+    own = torch.empty(local.shape, dtype=full.dtype, device=target).copy_(local)
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=full.shape, stride=_contiguous(full.shape)
+    )
+
+
+def local_part(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """A view of what this rank keeps of a tensor."""
     local = full
     for dim, placement in enumerate(placements):
         if isinstance(placement, Shard):
@@ -50,11 +60,7 @@ def _distribute(full: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor
             parts = local.chunk(mesh.size(dim), placement.dim)
             none = local.narrow(placement.dim, 0, 0)
             local = parts[coordinate] if coordinate < len(parts) else none
-    target = full.device if full.is_meta else device
-    own = torch.empty(local.shape, dtype=full.dtype, device=target).copy_(local)
-    return DTensor.from_local(
-        own, mesh, placements, run_check=False, shape=full.shape, stride=_contiguous(full.shape)
-    )
+    return local
 
 
 def placements_of(full: Tensor, mesh: DeviceMesh) -> list[Placement]:

@@ -47,15 +47,22 @@ class Layout:
     @property
     def device(self) -> torch.device:
         """This rank's device."""
-        kind = self.data.device_type
-        if kind == "cpu":
-            return torch.device(kind)
-        return torch.device(kind, torch.get_device_module(kind).current_device())
+        return device_on(self.data)
 
     @property
     def ranks(self) -> int:
         """How many ranks there are."""
         return self.data.size()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None means those of the whole job."""
+        return self.data.get_group() if self.data.ndim == 1 else None
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among all of them."""
+        return dist.get_rank(self.group)
 
     @property
     def ep(self) -> ExpertParallel | None:
@@ -85,6 +92,14 @@ def _are_on_one_machine(group: dist.ProcessGroup) -> bool:
     names = [""] * group.size()
     dist.all_gather_object(names, socket.gethostname(), group=group)
     return len(set(names)) == 1
+
+
+def device_on(mesh: DeviceMesh) -> torch.device:
+    """This rank's device on a mesh."""
+    kind = mesh.device_type
+    if kind == "cpu":
+        return torch.device(kind)
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def dimension_names(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
 
 families: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_families.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m matrix
 
 check: $(READY)
 	$(BIN)/ruff check

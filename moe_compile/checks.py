@@ -1,5 +1,6 @@
 """What a user can get wrong, each as a `ValueError` that says got, takes and what to do."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
             f"config got a {type(config).__name__}; it takes an OptimizeConfig; write "
             "OptimizeConfig(compile=False), for example"
         )
+    _check_fsdp(config.fsdp)
     alone = mesh is None or mesh.size() == 1
     unready = {
         "fsdp": (alone and config.fsdp not in ("auto", False), "pass a mesh with it"),
@@ -113,3 +115,21 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
                 f"OptimizeConfig.{name} got {getattr(config, name)!r}, which this release does not "
                 f"have; it takes {OptimizeConfig.__dataclass_fields__[name].default!r}; {instead}"
             )
+
+
+def _check_fsdp(options: Any) -> None:
+    """What optimize decides itself, and a dtype that the captures do not hold for."""
+    if not isinstance(options, Mapping):
+        return
+    ours = sorted({"mesh", "ignored_params"} & options.keys())
+    if ours:
+        raise ValueError(
+            f"OptimizeConfig.fsdp got {ours[0]!r}; it takes the other options of fully_shard; "
+            "leave it out: the mesh says it"
+        )
+    dtype = getattr(options.get("mp_policy"), "param_dtype", None)
+    if dtype is not None:
+        raise ValueError(
+            f"OptimizeConfig.fsdp got a mixed-precision policy that computes in {dtype}; it takes "
+            "one without param_dtype; run the model under torch.autocast, or load it in that dtype"
+        )

@@ -28,7 +28,8 @@ class OptimizeConfig:
     Attributes:
         compile: hand each layer to `torch.compile(fullgraph=True)`: `"auto"` is on for CUDA and off
             for the CPU; a dict is passed on as options.
-        fsdp: shard with FSDP2: `"auto"` is on when the mesh has more than one rank.
+        fsdp: shard all but the experts with FSDP2, which also averages their gradients over the
+            ranks: `"auto"` is on when the mesh has more than one. With False both are left to you.
         dispatcher: how tokens travel between expert-parallel ranks: `"auto"` is DeepEP where it is
             installed and takes the model, else all_to_all, and so is `"deepep"`; the report says
             which of them, and why it could not be DeepEP.
@@ -36,9 +37,9 @@ class OptimizeConfig:
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
         verify: check every rewrite against the original on small inputs; what fails is refused.
-            `"raise"` checks the capture and the raised graph, `"auto"` the lowered one too, except
-            for meta tensors and layers of more than 256 MiB; `"full"` checks those as well, and
-            proves the algebra over a prime field.
+            `"auto"` does so except for meta tensors and layers of more than 256 MiB; `"full"` for
+            large layers too, proves the algebra over a prime field, and checks the passes' facts;
+            `"raise"` does the same for the raised graph only, before providers are chosen.
         deterministic: choose only implementations that give the same bits in every run.
 
     Raises:

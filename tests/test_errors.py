@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 import moe_compile
@@ -94,6 +95,20 @@ def test_an_option_of_a_later_release(
     with pytest.raises(ValueError, match=rf"^OptimizeConfig\.{field} got ") as error:
         place(model, config=OptimizeConfig(**{field: value}))
     check(error, repr(value), "this release")
+
+
+POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+
+@places
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"mesh": None}, "'mesh'"), ({"mp_policy": POLICY}, "bfloat16"), ({"ignored_params": []}, "")],
+)
+def test_options_of_fsdp(place: Any, options: Any, part: str, model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"^OptimizeConfig\.fsdp got ") as error:
+        place(model, config=OptimizeConfig(fsdp=options))
+    check(error, part)
 
 
 @places

@@ -83,6 +83,7 @@ def load_tied_and_fused(folder: Path) -> None:
     assert bias.dtype == torch.float32
 
 
+@pytest.mark.matrix
 def test_tied_fused_and_half_precision_on_four_ranks(tmp_path: Path) -> None:
     build("qwen3_moe", torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     build("mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)

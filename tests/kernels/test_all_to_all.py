@@ -117,6 +117,7 @@ def test_compiled_without_a_graph_break(name: str) -> None:
     on_ranks(2, check, name, "aot_eager")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_compiled_with_inductor() -> None:
     on_ranks(2, check, "plain", "inductor")

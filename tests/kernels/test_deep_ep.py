@@ -168,6 +168,7 @@ def test_eager_recomputed_and_compiled_on_two_ranks() -> None:
     on_ranks(2, check_programs)
 
 
+@pytest.mark.matrix
 def test_on_four_ranks() -> None:
     on_ranks(4, check_plain)
 

@@ -131,5 +131,6 @@ def gathered_is_not_kept() -> None:
         assert kept_bytes("dp_shard x ep", compiled)[0] == 0
 
 
+@pytest.mark.matrix
 def test_gathered_experts_are_not_kept_for_the_backward() -> None:
     on_ranks(4, gathered_is_not_kept)

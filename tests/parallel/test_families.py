@@ -10,13 +10,6 @@ from tests.families import FAMILIES, build
 from tests.parallel.models import check_step, optimized
 from tests.ranks import on_ranks
 
-SAMPLE = ("gpt_oss", 2)
-CASES = [
-    pytest.param(family, ranks, marks=() if (family, ranks) == SAMPLE else pytest.mark.matrix)
-    for family in FAMILIES
-    for ranks in (2, 4)
-]
-
 
 def equals_one_process(family: str) -> None:
     for compiled in (False, {"backend": "aot_eager"}):
@@ -29,6 +22,8 @@ def equals_one_process(family: str) -> None:
         check_step(model, reference)
 
 
-@pytest.mark.parametrize(("family", "ranks"), CASES)
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_experts_on_their_ranks(family: str, ranks: int) -> None:
     on_ranks(ranks, equals_one_process, family)

@@ -211,5 +211,6 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@pytest.mark.matrix
 def test_a_model_gets_the_loss_and_gradients_of_all_to_all() -> None:
     on_ranks(2, check_model)

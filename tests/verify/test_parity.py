@@ -1,4 +1,4 @@
-"""What `OptimizeConfig.verify` finds: a wrong rewrite is refused, and the module stays as it was."""
+"""What `OptimizeConfig.verify` finds: a wrong rewrite is refused, the module stays as it was."""
 
 import copy
 from collections.abc import Callable
@@ -131,7 +131,7 @@ class Picky(Norm):
     """Its own code fails on inputs that it does not expect."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, torch._subclasses.FakeTensor) and x.abs().max() < 50:
+        if type(x) is Tensor and x.abs().max() < 50:
             raise ArithmeticError("too small")
         return super().forward(x)
 

@@ -149,7 +149,7 @@ def _analyze(
         work.units.append(_rewrite(shadow, found, pipeline, config, work))
     with work.timed("verify"):
         for found, units in zip(work.groups, work.units, strict=True):
-            work.installations += prepare(model, found, units, config.verify)
+            work.installations += prepare(model, found, units, config.verify, work.device)
     return work
 
 

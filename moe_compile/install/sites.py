@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from moe_compile import ops
@@ -44,12 +45,15 @@ class Installation:
 
 
 def prepare(
-    model: nn.Module, group: Group, units: list[UnitGraph], verify: str
+    model: nn.Module, group: Group, units: list[UnitGraph], verify: str, device: torch.device
 ) -> list[Installation]:
-    """An installation for every module of the group that holds a rewrite."""
+    """An installation for every module of the group that holds a rewrite.
+
+    Each is verified on the device on which the model will train.
+    """
     if not units:
         return []
-    verifier = Verifier(model.get_submodule(group.names[0]), verify)
+    verifier = Verifier(model.get_submodule(group.names[0]), verify, device)
     return [_prepare_owner(model, group, units, path, verifier) for path in _owner_paths(units)]
 
 

@@ -81,10 +81,10 @@ def _first_above(
 class Verifier:
     """Verifies the variants of one unit on a copy of it; `level` is `OptimizeConfig.verify`."""
 
-    def __init__(self, unit: nn.Module, level: str) -> None:
+    def __init__(self, unit: nn.Module, level: str, device: torch.device) -> None:
         self.level = level
         self.enabled = _is_verifiable(unit, level)
-        self.unit = copy.deepcopy(unit) if self.enabled else unit
+        self.unit = copy.deepcopy(unit).to(device) if self.enabled else unit
 
     def check(self, graph: UnitGraph, call: int, variant: Variant, program: Program) -> None:
         """Refuses a variant whose program does not compute what the module computes."""

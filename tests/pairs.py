@@ -32,12 +32,19 @@ def make_pair(model: nn.Module, config: OptimizeConfig | None = None, **options:
     return Pair(original, moe_compile.optimize(model, config=config, **options))
 
 
-@functools.cache
 def pair(
     family: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, **options: Any
 ) -> Pair:
     """The pair of a family; shared, so a test that changes it takes `copies()`."""
-    return make_pair(build(family, dtype, **options), COMPILED if compiled else None)
+    return _pair(family, dtype, compiled, tuple(options.items()))
+
+
+@functools.cache
+def _pair(
+    family: str, dtype: torch.dtype, compiled: bool, options: tuple[tuple[str, Any], ...]
+) -> Pair:
+    """A cache of its own: to `functools.cache`, a default that is given is another call."""
+    return make_pair(build(family, dtype, **dict(options)), COMPILED if compiled else None)
 
 
 def token_ids(batch: int = 2, length: int = 10, seed: int = 0) -> Tensor:

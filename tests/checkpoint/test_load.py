@@ -133,7 +133,7 @@ def save_trapped(folder: Path, experts: int) -> None:
     [
         ("ep", 2, 4),
         # The experts' rows are shared out, not only the experts.
-        pytest.param("dp_shard x ep", 4, 2, marks=pytest.mark.slow),
+        pytest.param("dp_shard x ep", 4, 2, marks=pytest.mark.matrix),
     ],
 )
 def test_conversions_along_the_sharded_dimension(

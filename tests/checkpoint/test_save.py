@@ -56,6 +56,7 @@ def save_in_parts(folder: Path) -> None:
     model.save_pretrained(folder / "fused", save_original_format=False)
 
 
+@pytest.mark.matrix
 def test_files_in_parts_tied_and_in_half_precision(tmp_path: Path) -> None:
     on_ranks(4, save_in_parts, tmp_path)
     plain = build("mixtral", **TIED)

@@ -20,8 +20,9 @@ from moe_compile.config import OptimizeConfig
 from moe_compile.install.compile import compile_units
 from moe_compile.install.sites import Installation, install, prepare
 from moe_compile.parallel.agree import check_agreement
+from moe_compile.parallel.fsdp import check_ties
 from moe_compile.parallel.layout import Layout, layout_of
-from moe_compile.parallel.shard import shard
+from moe_compile.parallel.shard import layer_names, shard
 from moe_compile.passes import PIPELINE
 from moe_compile.report import Report
 from moe_compile.reporting import summarize
@@ -83,6 +84,7 @@ def optimize(
     settle_dtypes(model)
     work = _analyze(model, mesh, config, PIPELINE if passes is None else passes, example_inputs)
     if work.layout is not None:
+        check_ties(model, layer_names(work.groups))
         check_agreement(_plan(model, config, work), work.layout)
     with work.timed("install"):
         for installation in work.installations:

@@ -20,7 +20,7 @@ from tests.pairs import Pair, check_close, error, inputs, make_pair, pair, step,
 
 FAMILY = "qwen3_moe"
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2}
-DEEP = {"num_hidden_layers": 12}
+DEEP: dict[str, Any] = {"num_hidden_layers": 12}
 
 
 def eager() -> Pair:

@@ -99,9 +99,9 @@ def _variants(
     """One variant for every call of the owner in every captured form, each verified."""
     owners = [model.get_submodule(name) for name in installation.owner_names()]
     found: list[Variant] = []
+    _check_single_path(units, installation.path)
     for unit in units:
         nodes = lowered_nodes(unit, installation.path)
-        _check_single_path(unit, installation.path, nodes)
         for call in dict.fromkeys(node.meta["calls"][-1] for node in nodes):
             piece = cut(unit, call)
             for owner in owners:
@@ -110,16 +110,28 @@ def _variants(
             if found[-1].weights and piece.conditions is not None:
                 raise Refuse("its code asks for sizes, so ranks could take different paths")
             verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
+    _check_ties(model, owners, {name for each in found for name in each.weights})
     return tuple(found)
 
 
-def _check_single_path(unit: UnitGraph, path: str, nodes: list[fx.Node]) -> None:
+def _check_single_path(units: list[UnitGraph], path: str) -> None:
     """A module with collectives makes the same ones in every form in which it is called."""
-    if unit.ep is None or unit.path(0) not in ("", path):
+    forms = [unit for unit in units if unit.prefix in ("", path)]
+    spread = [any(n.meta["op"] is ops.dispatch for n in lowered_nodes(u, path)) for u in forms]
+    if not any(spread):
         return
-    has_experts = any(node.meta["op"] is ops.dispatch for node in nodes)
-    if has_experts and path == "":
+    if path == "":
         raise Refuse("its owner is the layer itself, which also runs with a key-value cache")
+    if not all(spread):
+        raise Refuse("its experts are found in some forms of its call only, and ranks may differ")
+
+
+def _check_ties(model: nn.Module, owners: list[nn.Module], names: set[str]) -> None:
+    """Experts that are spread over ranks belong to one module each."""
+    own = [id(owner.get_parameter(name)) for owner in owners for name in names]
+    every = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    if own and sum(map(set(own).__contains__, every)) != len(set(own)):
+        raise Refuse("its experts are tied to those of another module")
 
 
 def _sites(

@@ -3,9 +3,10 @@
 FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
 
+from collections import defaultdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from moe_compile.config import OptimizeConfig
@@ -25,3 +26,21 @@ def shard_data_parallel(
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
     for module in (*layers, model):
         fully_shard(module, mesh=layout.data, ignored_params=experts, **options)
+
+
+def check_ties(model: nn.Module, layers: list[str]) -> None:
+    """FSDP2 shards each layer by itself, so a parameter may not be part of two of them.
+
+    Raises:
+        ValueError: naming the parameters that are tied.
+    """
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for tied in names.values():
+        homes = {next((x for x in layers if name.startswith(f"{x}.")), "") for name in tied}
+        if len(homes) > 1:
+            raise ValueError(
+                f"the model got {tied[0]} and {tied[-1]}, which are one parameter; on several "
+                "ranks it takes ties within a layer, or outside of all layers; untie them"
+            )

@@ -13,6 +13,12 @@ from moe_compile.parallel.guard import forbid_additions
 from moe_compile.parallel.layout import Layout
 
 
+def layer_names(groups: list[Group]) -> list[str]:
+    """The units that are layers: children of a list."""
+    names = [name for group in groups for name in group.names]
+    return [name for name in names if name.rpartition(".")[2].isdigit()]
+
+
 def shard(
     model: nn.Module,
     groups: list[Group],
@@ -29,8 +35,7 @@ def shard(
     if experts:
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    names = [name for group in groups for name in group.names]
-    layers = [model.get_submodule(n) for n in names if n.rpartition(".")[2].isdigit()]
+    layers = [model.get_submodule(name) for name in layer_names(groups)]
     shard_data_parallel(model, layers, experts, layout, config)
     forbid_additions(model)
     mark_prepared(model)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import moe_compile
 from moe_compile import OptimizeConfig
+from tests.families import build
 from tests.pairs import step, token_ids
 from tests.parallel.models import (
     both,
@@ -197,6 +198,24 @@ def disagreeing() -> None:
         optimized(model, "ep")
     check_equal(dict(model.state_dict()), dict(before))
     step(model, **call_of(0))
+
+
+def tied() -> None:
+    model = build("mixtral")
+    first, second = model.model.layers
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    with pytest.raises(ValueError, match=r"q_proj.weight, which are one parameter; .*; untie"):
+        optimized(model, "ep")
+    model = small()
+    experts = model.model.layers[0].mlp.experts
+    experts.register_parameter("twin", experts.down_proj)
+    model = optimized(model, "ep")
+    (site,) = [s for s in report(model).sites if s.kind == "experts"]
+    assert site.reason == "its experts are tied to those of another module"
+
+
+def test_ties() -> None:
+    on_ranks(2, tied)
 
 
 def test_errors() -> None:

@@ -27,6 +27,6 @@ clean:
 # torch goes first and alone, so that pip takes the build this machine is configured for.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -c constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@

@@ -204,3 +204,9 @@ def test_save_and_reload(family: str, dtype: torch.dtype, tmp_path: Path) -> Non
     original = models.original.state_dict()
     assert loaded.keys() == original.keys()
     assert all(torch.equal(tensor, original[key]) for key, tensor in loaded.items())
+    back = models.copies().optimized
+    with torch.no_grad():
+        for parameter in back.parameters():
+            parameter.zero_()
+    back.load_state_dict(loaded)
+    assert all(torch.equal(t, original[key]) for key, t in back.state_dict().items())

@@ -2,7 +2,6 @@ import copy
 import functools
 import gc
 import inspect
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import moe_compile
 from moe_compile import OptimizeConfig
 from tests.families import build
 from tests.pairs import Pair, check_close, error, inputs, make_pair, pair, step, token_ids
+from tests.trainers import trainer_losses
+from tests.trl_trainer import trl_losses
 
 FAMILY = "qwen3_moe"
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2}
@@ -219,27 +220,8 @@ def test_lora_added_before(target: str) -> None:
         assert site.status == "rewritten" or site.reason
 
 
-def losses(model: Any) -> list[float]:
-    examples = [{"input_ids": row, "labels": row} for row in token_ids(6, 10)]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            logging_steps=1,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model, arguments, train_dataset=examples)  # type: ignore[arg-type]
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_the_trainer(both: Pair) -> None:
+@pytest.mark.parametrize("losses", [trainer_losses, trl_losses])
+def test_the_trainers(both: Pair, losses: Callable[[Any], list[float]]) -> None:
     expected = losses(both.original)
     assert len(set(expected)) == 3
     assert losses(both.optimized) == pytest.approx(expected, rel=1e-4)

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_compile.parallel.layout import Layout
 
+_WEIGHTS = ("up", "down", "up_bias", "down_bias")
+
 
 def shard_experts(owner: nn.Module, names: list[str], layout: Layout) -> list[nn.Parameter]:
     """Replaces the named parameters of `owner` by this rank's shards; returns the new ones.
@@ -73,40 +75,26 @@ def placements_of(full: Tensor, mesh: DeviceMesh) -> list[Placement]:
 
 
 def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Callable[..., Tensor]:
-    """An implementation of `ops.experts` that takes each rank's shards of the weights.
+    """An implementation of `ops.experts` that takes each rank's shards of the weights, by keyword.
 
     Plain weights are those of a single rank, which owns all experts. What was gathered over
     `dp_shard` is let go of after the forward, and gathered again in the backward.
     """
 
-    def own_experts(
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        **options: bool,
-    ) -> Tensor:
-        if not isinstance(up, DTensor):
-            return implementation(
-                x, ids, weights, up, down, activation, up_bias, down_bias, **options
-            )
+    def own_experts(**given: Any) -> Tensor:
+        stored = {name: given[name] for name in _WEIGHTS if given[name] is not None}
+        if not isinstance(given["up"], DTensor):
+            return implementation(**given)
         gathered: dict[int, DTensor] = {}
         with _let_go(gathered):
-            stack = [_scaled(w, data_ranks, gathered) for w in (up, down, up_bias, down_bias)]
-            return implementation(x, ids, weights, *stack[:2], activation, *stack[2:], **options)
+            own = {name: _scaled(w, data_ranks, gathered) for name, w in stored.items()}
+            return implementation(**given | own)
 
     return own_experts
 
 
-def _scaled(weight: Tensor | None, data_ranks: int, gathered: dict[int, DTensor]) -> Any:
+def _scaled(weight: DTensor, data_ranks: int, gathered: dict[int, DTensor]) -> Tensor:
     """A rank's own experts; their gradient is divided by all ranks that have data."""
-    if weight is None:
-        return None
-    assert isinstance(weight, DTensor)
 
     def scale(weight: DTensor) -> Tensor:
         own: Tensor = _ScaleGradient.apply(whole_experts(weight), 1 / data_ranks)

@@ -132,7 +132,7 @@ class Verifier:
         )
         with autocast(graph.mode, tensors[0].device):
             _, used = run(raised, owner, tensors)  # a rewrite may drop what nobody uses
-        _prove(captured, raised, owner, tensors, used)
+        _prove_over_field(captured, raised, owner, tensors, used)
 
     def _inputs(
         self, graph: UnitGraph, owner: nn.Module, variant: Variant, seed: int
@@ -282,7 +282,7 @@ def _epsilon(owner: nn.Module, tensors: list[Tensor]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _prove(
+def _prove_over_field(
     before: Program, after: Program, owner: nn.Module, tensors: list[Tensor], used: list[int]
 ) -> None:
     """The exact proof, with the owner's parameters as inputs."""

@@ -21,41 +21,16 @@ from moe_compile.kernels.all_to_all import (
 )
 from moe_compile.ops import experts
 from moe_compile.providers.torch import TorchProvider
+from tests.kernels.dispatching import CASES, EXPERTS, dense, group, parameters, tokens_of
 from tests.ranks import on_ranks
 
-EXPERTS, PICKS, HIDDEN, WIDTH = 8, 2, 8, 16
-CASES = ["even", "uneven", "one rank has no tokens", "no tokens", "one expert", "none picked"]
-
-
-def tokens_of(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Different tokens on each rank, with their picks."""
-    counts = {"even": 6, "uneven": 3 + 5 * rank, "one rank has no tokens": 4 * rank}
-    count = 0 if case == "no tokens" else counts.get(case, 5)
-    generator = torch.Generator().manual_seed(rank)
-    scores = torch.rand(count, EXPERTS, generator=generator, dtype=torch.float64)
-    weights, ids = scores.topk(PICKS)
-    if case == "one expert":
-        ids = torch.full_like(ids, 6).index_fill(1, torch.tensor([1]), -1)
-    if case == "none picked":
-        ids = torch.full_like(ids, -1)
-    return torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64), ids, weights
-
-
-def parameters() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    up = torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator, dtype=torch.float64)
-    return up, torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator, dtype=torch.float64)
-
-
-def dense(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    return experts(x, ids, weights, up, down, torch.tanh)
+HIDDEN, DTYPE = 8, torch.float64
 
 
 def parallel(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    rows, theirs, weighed, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)
+    rows, theirs, weighed, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
     y = TorchProvider().implementation(experts)(rows, theirs, weighed, up, down, torch.tanh)
-    return all_to_all_combine(y, None, source, splits, x.shape[0], group)[0]
+    return all_to_all_combine(y, None, source, splits, x.shape[0], group())[0]
 
 
 def recomputed(*inputs: Tensor) -> Any:
@@ -95,9 +70,9 @@ def check(name: str, backend: str | None) -> None:
     if backend is not None:
         program = torch.compile(program, fullgraph=True, backend=backend, dynamic=True)
     mine = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
-    up, down = parameters()
+    up, down = parameters(HIDDEN, DTYPE)
     for case in CASES:
-        x, ids, weights = tokens_of(case, rank)
+        x, ids, weights = tokens_of(case, rank, HIDDEN, DTYPE)
         want = gradients(dense, x, weights, up, down, ids=ids)
         for gradient in want[3:]:
             dist.all_reduce(gradient)
@@ -126,9 +101,8 @@ def test_compiled_with_inductor() -> None:
 def rows_sent(case: str) -> tuple[int, int]:
     """The rows sent to other ranks, and the (token, other rank) pairs that need one."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    x, ids, weights = tokens_of(case, rank)
-    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)[4]
+    x, ids, weights = tokens_of(case, rank, HIDDEN, DTYPE)
+    splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group())[4]
     owners = [{int(i) // (EXPERTS // ranks) for i in row if i >= 0} - {rank} for row in ids]
     return int(splits[0].sum() - splits[0, rank]), sum(map(len, owners))
 
@@ -140,18 +114,17 @@ def test_a_token_travels_once_to_each_rank(case: str) -> None:
 
 
 def opcheck() -> None:
-    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    x, ids, weights = tokens_of("even", 0)
+    x, ids, weights = tokens_of("even", 0, HIDDEN, DTYPE)
     x.requires_grad_()
     weights.requires_grad_()
-    rows, _, _, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group)
+    rows, _, _, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
     y = rows.detach().requires_grad_()
-    torch.library.opcheck(all_to_all_dispatch, (x, ids, weights, EXPERTS, group))
-    torch.library.opcheck(all_to_all_combine, (y, None, source, splits, len(x), group))
+    torch.library.opcheck(all_to_all_dispatch, (x, ids, weights, EXPERTS, group()))
+    torch.library.opcheck(all_to_all_combine, (y, None, source, splits, len(x), group()))
     torch.library.opcheck(
-        all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group)
+        all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group())
     )
-    torch.library.opcheck(all_to_all_redispatch, (x.detach(), source, splits, len(y), group))
+    torch.library.opcheck(all_to_all_redispatch, (x.detach(), source, splits, len(y), group()))
 
 
 def test_opcheck() -> None:

@@ -22,42 +22,20 @@ from moe_compile.providers.deepep import DeepEPProvider
 from moe_compile.providers.provider import Provider
 from moe_compile.providers.torch import TorchProvider
 from tests import deep_ep_emulator
+from tests.kernels.dispatching import CASES, EXPERTS, dense, group, parameters, tokens_of
 from tests.pairs import error
 from tests.ranks import on_ranks
 
-EXPERTS, PICKS, HIDDEN, WIDTH = 8, 2, 32, 16
-CASES = ["even", "uneven", "one rank has no tokens", "no tokens", "one expert", "none picked"]
+HIDDEN, DTYPE = 32, torch.bfloat16
 LIMIT = 0.02  # bfloat16, summed in another order than one process would
 
 Program = Callable[..., Tensor]
 
 
-def tokens_of(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Different tokens on each rank, with their picks; the weights are bfloat16 or float32."""
-    counts = {"even": 6, "uneven": 3 + 50 * rank, "one rank has no tokens": 4 * rank}
-    count = 0 if case == "no tokens" else counts.get(case, 5)
-    generator = torch.Generator().manual_seed(rank)
-    weights, ids = torch.rand(count, EXPERTS, generator=generator).topk(PICKS)
-    if case == "one expert":
-        ids = torch.full_like(ids, 6).index_fill(1, torch.tensor([1]), -1)
-    if case == "none picked":
-        ids = torch.full_like(ids, -1)
-    x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
-    return x, ids, weights.bfloat16() if case == "even" else weights
-
-
-def parameters() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    up = torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator)
-    return up.bfloat16(), torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator).bfloat16()
-
-
-def group() -> str:
-    return dist.group.WORLD.group_name  # type: ignore[union-attr]
-
-
-def dense(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    return experts(x, ids, weights, up, down, torch.tanh)
+def tokens_with(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of a case; their weights are bfloat16 or float32."""
+    x, ids, weights = tokens_of(case, rank, HIDDEN, DTYPE)
+    return x, ids, weights.to(DTYPE if case == "even" else torch.float32)
 
 
 def parallel(provider: Provider) -> Program:
@@ -90,8 +68,8 @@ def check_case(case: str, program: Program, *, exact: bool = True) -> None:
     """`exact`: it computes what all_to_all does; Inductor may round less often."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
-    up, down = parameters()
-    x, ids, weights = tokens_of(case, rank)
+    up, down = parameters(HIDDEN, DTYPE)
+    x, ids, weights = tokens_with(case, rank)
     want = gradients(dense, *(t.double() for t in (x, weights, up, down)), ids=ids)
     for gradient in want[3:]:
         dist.all_reduce(gradient)
@@ -136,7 +114,7 @@ def check_buffers() -> None:
 
 
 def opcheck() -> None:
-    x, ids, weights = tokens_of("uneven", dist.get_rank())
+    x, ids, weights = tokens_with("uneven", dist.get_rank())
     x.requires_grad_()
     weights.requires_grad_()
     outputs = deep_ep_dispatch(x, ids, weights, EXPERTS, group())
@@ -183,7 +161,7 @@ def emulation() -> None:
     rank, buffer = dist.get_rank(), deep_ep_emulator.Buffer
     size = buffer.get_dispatch_config(2).get_nvl_buffer_size_hint(HIDDEN * 2, 2)
     made = buffer(dist.group.WORLD, size, 0, explicitly_destroy=True)  # type: ignore[arg-type]
-    x, ids, weights = tokens_of("uneven", rank)
+    x, ids, weights = tokens_with("uneven", rank)
     per_rank, _, per_expert, is_sent, _ = made.get_dispatch_layout(ids, EXPERTS)
     layout: dict[str, Any] = {
         "num_tokens_per_rank": per_rank,

@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import tempfile
 import warnings
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
 
 import moe_compile
 from moe_compile import OptimizeConfig
@@ -27,6 +25,7 @@ from tests.parallel.models import (
     small,
 )
 from tests.ranks import on_ranks
+from tests.trainers import trainer_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 
@@ -146,29 +145,9 @@ def trained() -> None:
     model, reference = both("ep", small())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of DDP
-        mine, theirs = map(losses, (model, reference))
+        mine, theirs = (trainer_losses(each, rows=12) for each in (model, reference))
     assert len(mine) == 3
     assert mine == pytest.approx(theirs, rel=1e-4)
-
-
-def losses(model: Any) -> list[float]:
-    examples = [{"input_ids": row, "labels": row} for row in token_ids(12, 10)]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            logging_steps=1,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model, arguments, train_dataset=examples)  # type: ignore[arg-type]
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_the_trainer() -> None:

@@ -86,6 +86,11 @@ Values = dict[str, Tensor]
 Rows = tuple[list[tuple[str, ...]], list[str], bool]
 
 
+def sizes_of(args: argparse.Namespace) -> dict[str, int]:
+    """The model's widths."""
+    return TINY if args.tiny else REAL
+
+
 def build(args: argparse.Namespace) -> Any:
     """The same model on every rank."""
     torch.manual_seed(0)
@@ -94,7 +99,7 @@ def build(args: argparse.Namespace) -> Any:
         num_hidden_layers=args.layers,
         norm_topk_prob=True,
         use_cache=False,
-        **(TINY if args.tiny else REAL),
+        **sizes_of(args),
     )
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen3MoeForCausalLM(config).train()
@@ -185,21 +190,52 @@ def cells(errors: dict[str, float]) -> tuple[str, ...]:
     return f"{errors['loss']:.1e}", f"{errors['logits']:.1e}", f"{gradients[name]:.1e}", name
 
 
-def check_ops(empty: int | None, args: argparse.Namespace) -> str:
-    """Both dispatches, and the gradients of tokens and weights, bit for bit."""
-    sizes, rank = TINY if args.tiny else REAL, dist.get_rank()
-    tokens = 0 if rank == empty else args.tokens + 32 * rank
-    generator = torch.Generator().manual_seed(rank)
+def picked(tokens: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens of a rank, the experts that they pick, and weights."""
+    sizes, generator = sizes_of(args), torch.Generator().manual_seed(dist.get_rank())
     shape = (tokens, sizes["num_experts"])
     weights, ids = torch.rand(shape, generator=generator).topk(sizes["num_experts_per_tok"])
-    ids = torch.where(weights > 0.9, ids, -1).to(args.device)
-    x = torch.randn(tokens, sizes["hidden_size"], generator=generator)
-    leaves = x.bfloat16().to(args.device), weights.to(args.device)
+    x = torch.randn(tokens, sizes["hidden_size"], generator=generator).bfloat16()
+    return x.to(args.device), ids.to(args.device), weights.to(args.device)
+
+
+def send(dispatch: Any, x: Tensor, ids: Tensor, weights: Tensor, args: argparse.Namespace) -> Any:
+    """A dispatch in the group of all ranks."""
+    name: str = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    return dispatch(x, ids, weights, sizes_of(args)["num_experts"], name)
+
+
+def traffic(args: argparse.Namespace) -> str:
+    """Bytes that rank 0 sends to others for a token, there and back; the least is rows alone.
+
+    all_to_all sends ids of 8 bytes and weights of 4 beside a row, and 8 bytes of counts to each
+    rank; DeepEP ids, weights and the 4 bytes of the row's number in its sender.
+    """
+    x, ids, weights = picked(args.tokens, args)
+    rank, others, (tokens, width), picks = dist.get_rank(), args.ranks - 1, x.shape, ids.shape[1]
+    splits = send(all_to_all_dispatch, x, ids, weights, args)[4][0].tolist()
+    is_sent = send(deep_ep_dispatch, x, ids, weights, args)[7]
+    rows = sum(splits) - splits[rank], int(is_sent.sum() - is_sent[:, rank].sum())
+    owners = ids // (sizes_of(args)["num_experts"] // args.ranks)
+    needed = sum(int((owners == r).any(1).sum()) for r in range(args.ranks) if r != rank)
+    there_and_back = 2 * 2 * width
+    sent = {
+        "all_to_all": rows[0] * (there_and_back + 12 * picks) + 8 * others,
+        "deepep": rows[1] * (there_and_back + 12 * picks + 4),
+        "least": needed * there_and_back,
+    }
+    return "bytes sent for a token: " + ", ".join(f"{n} {b / tokens:.0f}" for n, b in sent.items())
+
+
+def check_ops(empty: int | None, args: argparse.Namespace) -> str:
+    """Both dispatches, and the gradients of tokens and weights, bit for bit."""
+    rank = dist.get_rank()
+    x, ids, weights = picked(0 if rank == empty else args.tokens + 32 * rank, args)
+    ids = torch.where(weights > 0.9, ids, -1)
     found: list[list[Tensor]] = []
-    for send in (all_to_all_dispatch, deep_ep_dispatch):
-        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        name: str = dist.group.WORLD.group_name  # type: ignore[union-attr]
-        rows, local, theirs = send(inputs[0], ids, inputs[1], sizes["num_experts"], name)[:3]
+    for dispatch in (all_to_all_dispatch, deep_ep_dispatch):
+        inputs = [leaf.clone().requires_grad_() for leaf in (x, weights)]
+        rows, local, theirs = send(dispatch, inputs[0], ids, inputs[1], args)[:3]
         cotangents = rows.detach(), torch.where(local >= 0, theirs.detach(), 0)
         outs = rows.detach(), local, cotangents[1]
         found.append([*outs, *torch.autograd.grad((rows, theirs), inputs, cotangents)])
@@ -233,6 +269,7 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     model.zero_grad()
     results = [compare(model, way, want, args) for way in args.compile.split(",")]
     ops = [check_ops(None, args), check_ops(args.ranks - 1, args)]
+    bytes_sent = traffic(args)
     destroy_buffers()
     if rank == 0:
         header = ("asked for", "by", "way", "loss", "logits", "worst gradient", "which")
@@ -240,7 +277,8 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
         print(markdown((*header, "against all_to_all"), rows))
         for line in dict.fromkeys(line for _, lines, _ in results for line in lines):
             print(line)
-        print(f"ops alone: {ops[0]}; with a rank without tokens: {ops[1]}", flush=True)
+        print(f"ops alone: {ops[0]}; with a rank without tokens: {ops[1]}")
+        print(bytes_sent, flush=True)
     dist.barrier()
     dist.destroy_process_group()
     if ops != ["equal"] * 2 or not all(fine for _, _, fine in results):

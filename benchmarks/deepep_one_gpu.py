@@ -61,7 +61,7 @@ from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests import deep_ep_emulator
-from tests.pairs import error, step
+from tests.pairs import step
 
 REAL = {
     "hidden_size": 2048,
@@ -102,9 +102,10 @@ def build(args: argparse.Namespace) -> Any:
         **sizes_of(args),
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen3MoeForCausalLM(config).train()
+    with torch.device(args.device):
+        model = Qwen3MoeForCausalLM(config).train()
     torch.set_default_dtype(torch.float32)
-    return model.to(args.device)
+    return model
 
 
 def call_of(rank: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def whole(values: Values, *, averaged: bool) -> Values:
     found: Values = {}
     for name, value in values.items():
         if isinstance(value, DTensor):
-            found[name] = value.full_tensor()
+            found[name] = value.full_tensor() if averaged else gathered(value)
         elif averaged or name in ("loss", "logits"):
             found[name] = value
         else:
@@ -141,6 +142,21 @@ def whole(values: Values, *, averaged: bool) -> Values:
             dist.all_reduce(found[name])
             found[name] /= dist.get_world_size()
     return found
+
+
+def gathered(experts: DTensor) -> Tensor:
+    """All ranks' experts, by way of the CPU: gloo crashes in `full_tensor` on GPU tensors."""
+    local = experts.to_local()
+    parts = [torch.empty(local.shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.float().cpu())
+    return torch.cat(parts).to(local.device)
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    """The relative L2 error, on the device."""
+    reference = reference.float()
+    norms = (torch.linalg.vector_norm(t) for t in (value.float() - reference, reference))
+    return float(torch.div(*norms))
 
 
 def run(
@@ -158,6 +174,12 @@ def run(
     return got, moe_compile.report(mine)
 
 
+def say(what: str) -> None:
+    """Progress, from rank 0."""
+    if dist.get_rank() == 0:
+        print(what, file=sys.stderr, flush=True)
+
+
 def errors_of(got: Values, want: Values) -> dict[str, float]:
     """The worst error of everything over all ranks."""
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
@@ -169,7 +191,9 @@ def errors_of(got: Values, want: Values) -> dict[str, float]:
 def compare(model: nn.Module, way: str, want: Values, args: argparse.Namespace) -> Rows:
     """Both dispatchers in one way: their rows, the report's lines, and whether all is well."""
     base, base_report = run(model, "all_to_all", way, args)
+    say(f"all_to_all ran, {way}")
     ours, our_report = run(model, "deepep", way, args)
+    say(f"deepep ran, {way}")
     base_errors, our_errors = errors_of(base, want), errors_of(ours, want)
     between = max(errors_of(ours, base).values())
     rows = [
@@ -267,6 +291,7 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     model = build(args)
     want = expected(model, args)
     model.zero_grad()
+    say("the unsharded model ran")
     results = [compare(model, way, want, args) for way in args.compile.split(",")]
     ops = [check_ops(None, args), check_ops(args.ranks - 1, args)]
     bytes_sent = traffic(args)

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 _LIBRARY = torch.library.Library("moe_compile_capture", "FRAGMENT")
@@ -141,8 +142,9 @@ class CallLog:
 
         def ask(condition: Any) -> bool:
             answer: bool = original(condition)
-            if log.open and not _asked_by_torch():
-                log.calls[log.open[-1]].conditions.append((condition.node.expr, answer))
+            expr = condition.node.expr
+            if log.open and not _asked_by_torch() and not free_unbacked_symbols(expr):
+                log.calls[log.open[-1]].conditions.append((expr, answer))
             return answer
 
         return mock.patch.object(torch.SymBool, "__bool__", ask)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
-from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, autocast
@@ -41,7 +41,7 @@ def observe(
     unit.train()
     handles = [_watch(unit.get_submodule(path), path, seen) for path in paths]
     ambient = autocast(Mode(True, dtype), shadow.device)
-    with shadow.mode, enable_python_dispatcher(), AnyDtypeGroupedMM(), torch.no_grad(), ambient:
+    with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad(), ambient:
         unit(*call.args, **call.kwargs)
     for handle in handles:
         handle.remove()

@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
-from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.shadow import Shadow
 
 
@@ -55,7 +55,7 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | None) -> dict[str, C
     own = {name: vars(unit)["forward"] for name, unit in found.items() if "forward" in vars(unit)}
     for name, unit in found.items():
         recorder.attach(name, unit)
-    with shadow.mode, enable_python_dispatcher(), AnyDtypeGroupedMM(), torch.no_grad():
+    with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad():
         if example_inputs is None:
             inputs = hf.probe_inputs(shadow.model, shadow.batch, shadow.sequence, shadow.device)
             shadow.model(**inputs)

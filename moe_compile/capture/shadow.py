@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from moe_compile.adapters import transformers as hf
+from moe_compile.capture.every_expert import HitShapeEnv
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,18 @@ class Shadow:
     batch: torch.SymInt
     sequence: torch.SymInt
 
+    def forget_pending_sizes(self) -> None:
+        """Data-dependent sizes that were made outside of a trace, which would miss them."""
+        assert self.mode.shape_env is not None
+        self.mode.shape_env.pending_fresh_unbacked_symbols.clear()
+
 
 def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
     """Copies `model` with fake tensors in the place of its own; `model` is not touched.
 
     `device` is where it will train, if that is not where it is.
     """
-    env = ShapeEnv()
+    env = HitShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False
     device = training_device(model) if device is None else device

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
-from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
@@ -114,11 +114,12 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
         for i, tensor in zip(where, inputs, strict=True):
             filled[i] = tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        with log.recording(), AnyDtypeGroupedMM(), autocast(mode, shadow.device):
+        with log.recording(), traceable(), autocast(mode, shadow.device):
             values = dict(zip(names, state, strict=True))
             return torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
 
     unit.train(mode.training is not False)
+    shadow.forget_pending_sizes()
     with shadow.mode, enable_python_dispatcher():
         module = _functional(run, tensors, [leaves[i] for i in where])
     graph = _with_boundaries(module.graph, names)
@@ -132,7 +133,7 @@ def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:
     """The functional graph of a plain torch function over tensors of one fake mode."""
 
     def run(state: list[Tensor], values: list[Any]) -> Any:
-        with AnyDtypeGroupedMM():
+        with traceable():
             return function(*values)
 
     with enable_python_dispatcher():

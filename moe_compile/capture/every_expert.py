@@ -1,0 +1,150 @@
+"""Lets code whose control flow depends on the routing be traced: as if every expert were hit.
+
+A loop over the experts that some token picked unrolls to all of them; a count of tokens is a
+symbolic size that is not zero. What comes out is a graph for every routing, since a selection of
+no rows is a selection too; that it computes what the code does is proven and verified afterwards.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
+from torch.overrides import TorchFunctionMode
+
+from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+
+_SEVERAL = 3
+"""How many rows an expert gets, where the code asks."""
+
+_NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
+_TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
+_FALSE_IF_HIT = {"eq", "__eq__", "equal", "lt", "__lt__", "less", "le", "__le__", "logical_not"}
+
+
+class Hit(int):
+    """The number of an expert that is hit; answers to what loops do to an element of a tensor."""
+
+    def __getitem__(self, _: Any) -> "Hit":
+        return self
+
+    def _itself(self, *_: Any, **__: Any) -> "Hit":
+        return self
+
+    item = squeeze = flatten = view = reshape = long = int = cpu = to = detach = _itself
+
+
+class Hits:
+    """What `nonzero` of a vector over experts gives where every expert is hit."""
+
+    def __init__(self, count: int) -> None:
+        self.numbers = [Hit(i) for i in range(count)]
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of them, or a column: all."""
+        return self.numbers[index] if isinstance(index, int) else self
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the tensor that it stands for."""
+        return torch.Size((len(self.numbers), 1))
+
+    def size(self, dim: int = 0) -> int:
+        """As of the tensor that it stands for."""
+        return self.shape[dim]
+
+    def numel(self) -> int:
+        """As of the tensor that it stands for."""
+        return len(self.numbers)
+
+    def tolist(self) -> list[Hit]:
+        """The numbers."""
+        return self.numbers
+
+    def _itself(self, *_: Any, **__: Any) -> "Hits":
+        return self
+
+    squeeze = flatten = view = reshape = cpu = to = long = detach = unbind = numpy = _itself
+
+
+@contextlib.contextmanager
+def traceable() -> Generator[None]:
+    """In it, expert blocks of every kind run on fake tensors."""
+    with AnyDtypeGroupedMM(), EveryExpertHit():
+        yield
+
+
+class EveryExpertHit(TorchFunctionMode):
+    """Answers what code asks of a routing as if every expert had got some rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[int, tuple[Tensor, bool]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NONZERO and _is_over_experts(args[0]):
+            return _hits(args[0], kwargs.get("as_tuple", False))
+        if func is torch.where and len(args) == 1 and _is_over_experts(args[0]):
+            return _hits(args[0], as_tuple=True)
+        if func is Tensor.__bool__ and id(args[0]) in self.answers:
+            return self.answers[id(args[0])][1]
+        if func is Tensor.numpy:
+            return _as_numbers(args[0])
+        result = func(*args, **kwargs)
+        self._remember(getattr(func, "__name__", ""), result)
+        return result
+
+    def _remember(self, name: str, result: Any) -> None:
+        """The answer to a question that was asked with a tensor of one element."""
+        if name not in _TRUE_IF_HIT | _FALSE_IF_HIT:
+            return
+        if isinstance(result, Tensor) and result.dim() == 0:
+            self.answers[id(result)] = (result, name in _TRUE_IF_HIT)
+
+
+def _is_over_experts(tensor: Any) -> bool:
+    """Whether it is a vector of fixed length: tokens are never that."""
+    return isinstance(tensor, Tensor) and tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+
+
+def _hits(vector: Tensor, as_tuple: bool) -> Any:
+    hits = Hits(vector.shape[0])
+    return (hits,) if as_tuple else hits
+
+
+def _as_numbers(tensor: Tensor) -> Any:
+    """Counts on the host, as numpy has them, with symbolic sizes in the place of numbers."""
+    import numpy
+
+    numbers = numpy.empty(tensor.numel(), dtype=object)
+    numbers[:] = tensor.flatten().tolist()
+    return numbers.reshape(tuple(tensor.shape))
+
+
+class HitShapeEnv(ShapeEnv):
+    """Symbolic sizes, of which those that depend on the routing are taken to be several rows."""
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        """The answer to a question on sizes."""
+        try:
+            return super().evaluate_expr(orig_expr, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            several = dict.fromkeys(free_unbacked_symbols(orig_expr), sympy.Integer(_SEVERAL))
+            answer = orig_expr.xreplace(several)
+            return super().evaluate_expr(answer, *args, **kwargs)

@@ -289,7 +289,10 @@ class ElasticBuffer:
     def _bring(self, rows: Tensor, handle: EPHandle) -> Tensor:
         """What the ranks [R] give back for a token: [T, R, ...], and garbage where they do not."""
         bound, (tokens, picks) = handle.num_max_tokens_per_rank, handle.topk_idx.shape
-        token, rank = handle.recv_src_metadata[:, 0] % bound, handle.recv_src_metadata[:, 1] // picks
+        token, rank = (
+            handle.recv_src_metadata[:, 0] % bound,
+            handle.recv_src_metadata[:, 1] // picks,
+        )
         homes = [(rank == r).nonzero()[:, 0] for r in range(self.num_ranks)]
         counts, back = self._exchange([rows[home] for home in homes])
         to = self._exchange([token[home] for home in homes])[1].long()

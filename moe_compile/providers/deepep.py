@@ -116,7 +116,7 @@ def _problem(call: Call, arguments: dict[str, Any]) -> str | None:
         module = library()
     except Exception as error:  # libraries of another CUDA or NCCL fail in their own ways
         return (
-            f"deepep needs the package deep_ep, whose import fails: {error}; install a V1 build "
+            f"deepep needs the package deep_ep, whose import fails: {error}; install a build "
             "for this CUDA and Python, such as the wheel tokenspeed-deepep==1.2.1.post20251110"
         )
     found = interface(module)

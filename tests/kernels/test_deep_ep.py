@@ -115,7 +115,12 @@ def check_buffers() -> None:
     """One buffer for the group; wider rows and more SMs make a larger one, narrower rows do not."""
     (first,) = deep_ep.BUFFERS.values()
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    for hidden, sms, is_new in ((128, 20, False), (512, 20, True), (512, 24, True), (256, 20, False)):
+    for hidden, sms, is_new in (
+        (128, 20, False),
+        (512, 20, True),
+        (512, 24, True),
+        (256, 20, False),
+    ):
         deep_ep_emulator.Buffer.set_num_sms(sms)
         x = torch.ones(1, hidden, dtype=torch.bfloat16)
         deep_ep_dispatch(x, ids, torch.ones(1, 1), EXPERTS, group())

@@ -1,4 +1,4 @@
-"""DeepEP against all_to_all and the unsharded model, on several ranks that share one GPU.
+"""DeepEP against all_to_all and the unsharded model, on several ranks that share the GPUs.
 
 python benchmarks/deepep_one_gpu.py                    # 2 ranks over gloo, one GPU, real kernels
 python benchmarks/deepep_one_gpu.py --ranks 4 --sms 4
@@ -15,7 +15,8 @@ anything. `by` is the provider that took the dispatch: if it is not the one aske
 under the table says why. Then the ops alone: rows, weights and gradients equal to all_to_all's to
 the bit, also with a rank that has no tokens. The exit status is 1 where the ops differ, DeepEP was
 refused, the last column exceeds `--limit`, or DeepEP's error is above all_to_all's by more.
-It measures correctness only: ranks on one GPU take turns, and their times mean nothing.
+It measures correctness only: ranks on one GPU take turns, and their times mean nothing. Rank r is
+on GPU r modulo the number of visible ones.
 
 Options:
     --ranks N      processes: 2, 4 or 8 (2)
@@ -29,11 +30,13 @@ Options:
     --compile C    comma-separated ways: eager, or a backend of torch.compile (eager,inductor)
     --fsdp         shard the rest of the model with FSDP2; needs nccl on a GPU. Without it, the
                    gradients of what is no expert are averaged by hand (off)
+    --elastic      DeepEP V2, `ElasticBuffer`, also where `Buffer` is there; it has no use for --sms
     --limit X      the largest relative error allowed between the dispatchers (0.02)
-    --tiny         small widths, CPU, gloo, tests/deep_ep_emulator.py in place of deep_ep
+    --tiny         small widths, CPU, gloo, an emulation in tests/ in place of deep_ep
 
 The GPU needs a V1 build of deep_ep, such as the wheel tokenspeed-deepep==1.2.1.post20251110, with
-the library folder of nvidia.nvshmem on LD_LIBRARY_PATH.
+the library folder of nvidia.nvshmem on LD_LIBRARY_PATH. `--elastic` needs V2, such as
+tokenspeed-deepep==2.1.0.post20260801, NCCL 2.30.7 with its headers, and nvcc.
 """
 
 import argparse
@@ -57,10 +60,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moe_compile
 from moe_compile import OptimizeConfig
 from moe_compile.kernels.all_to_all import all_to_all_dispatch
-from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers
+from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers, library
+from moe_compile.kernels.deep_ep_elastic import elastic_dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests import deep_ep_emulator
+from tests import deep_ep_elastic_emulator, deep_ep_emulator
 from tests.pairs import step
 
 REAL = {
@@ -73,7 +77,7 @@ REAL = {
     "head_dim": 128,
 }
 TINY = {
-    "hidden_size": 64,
+    "hidden_size": 256,
     "moe_intermediate_size": 32,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -233,22 +237,34 @@ def traffic(args: argparse.Namespace) -> str:
     """Bytes that rank 0 sends to others for a token, there and back; the least is rows alone.
 
     all_to_all sends ids of 8 bytes and weights of 4 beside a row, and 8 bytes of counts to each
-    rank; DeepEP ids, weights and the 4 bytes of the row's number in its sender.
+    rank; DeepEP ids, weights and the 4 bytes of the row's number in its sender; V2 in steps of 32.
     """
     x, ids, weights = picked(args.tokens, args)
     rank, others, (tokens, width), picks = dist.get_rank(), args.ranks - 1, x.shape, ids.shape[1]
     splits = send(all_to_all_dispatch, x, ids, weights, args)[4][0].tolist()
-    is_sent = send(deep_ep_dispatch, x, ids, weights, args)[7]
-    rows = sum(splits) - splits[rank], int(is_sent.sum() - is_sent[:, rank].sum())
     owners = ids // (sizes_of(args)["num_experts"] // args.ranks)
+    theirs, beside = deep_ep_rows(x, ids, weights, owners, args), 12 * picks + 4
+    rows = sum(splits) - splits[rank], theirs
     needed = sum(int((owners == r).any(1).sum()) for r in range(args.ranks) if r != rank)
     there_and_back = 2 * 2 * width
     sent = {
         "all_to_all": rows[0] * (there_and_back + 12 * picks) + 8 * others,
-        "deepep": rows[1] * (there_and_back + 12 * picks + 4),
+        "deepep": rows[1] * (there_and_back + (-(-beside // 32) * 32 if args.elastic else beside)),
         "least": needed * there_and_back,
     }
     return "bytes sent for a token: " + ", ".join(f"{n} {b / tokens:.0f}" for n, b in sent.items())
+
+
+def deep_ep_rows(
+    x: Tensor, ids: Tensor, weights: Tensor, owners: Tensor, args: argparse.Namespace
+) -> int:
+    """Rows that DeepEP sends to other ranks, by what its handle says."""
+    rank = dist.get_rank()
+    if args.elastic:
+        slots = send(elastic_dispatch, x, ids, weights, args)[8]
+        return int(((slots >= 0) & (owners != rank)).sum())
+    is_sent = send(deep_ep_dispatch, x, ids, weights, args)[7]
+    return int(is_sent.sum() - is_sent[:, rank].sum())
 
 
 def check_ops(empty: int | None, args: argparse.Namespace) -> str:
@@ -257,7 +273,7 @@ def check_ops(empty: int | None, args: argparse.Namespace) -> str:
     x, ids, weights = picked(0 if rank == empty else args.tokens + 32 * rank, args)
     ids = torch.where(weights > 0.9, ids, -1)
     found: list[list[Tensor]] = []
-    for dispatch in (all_to_all_dispatch, deep_ep_dispatch):
+    for dispatch in (all_to_all_dispatch, elastic_dispatch if args.elastic else deep_ep_dispatch):
         inputs = [leaf.clone().requires_grad_() for leaf in (x, weights)]
         rows, local, theirs = send(dispatch, inputs[0], ids, inputs[1], args)[:3]
         cotangents = rows.detach(), torch.where(local >= 0, theirs.detach(), 0)
@@ -270,17 +286,24 @@ def check_ops(empty: int | None, args: argparse.Namespace) -> str:
     return f"DIFFERENT on ranks {different}" if different else "equal"
 
 
-def work(rank: int, store: str, args: argparse.Namespace) -> None:
-    """One rank."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(args.ranks))
+def set_up(rank: int, args: argparse.Namespace) -> None:
+    """The rank's device, and its deep_ep."""
     if args.tiny:
         torch.set_num_threads(1)
-        deep_ep_emulator.install()
+        (deep_ep_elastic_emulator if args.elastic else deep_ep_emulator).install()
+        return
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    if args.elastic:
+        vars(library()).pop("Buffer", None)  # which would go first
     else:
-        torch.cuda.set_device(0)
-        from deep_ep import Buffer  # type: ignore[import-not-found]
+        library().Buffer.set_num_sms(args.sms)
 
-        Buffer.set_num_sms(args.sms)
+
+def work(rank: int, store: str, args: argparse.Namespace) -> None:
+    """One rank."""
+    local = rank % max(torch.cuda.device_count(), 1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(args.ranks))
+    set_up(rank, args)
     dist.init_process_group(
         args.backend,
         init_method=f"file://{store}",
@@ -322,6 +345,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--compile", default="eager,inductor")
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--limit", type=float, default=0.02)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()

@@ -96,7 +96,7 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         _check_streams(previous_event, async_finish, allocate_on_comm_stream)
-        _check_matrix(topk_idx, torch.int64)
+        check_matrix(topk_idx, torch.int64)
         assert num_experts > 0
         assert num_experts % self.group_size == 0
         assert bool(((topk_idx >= -1) & (topk_idx < num_experts)).all())
@@ -124,7 +124,7 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
-        _check_fill()
+        check_fill()
         _check_streams(previous_event, async_finish, allocate_on_comm_stream)
         config = config or self.get_dispatch_config(self.group_size)
         self._check_rows(x, config, 0 if topk_idx is None else topk_idx.shape[1])
@@ -138,8 +138,8 @@ class Buffer:
         assert topk_idx is not None, "dispatch without picks is not emulated"
         assert topk_weights is not None
         self._check_layout(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-        _check_matrix(topk_idx, torch.int64)
-        _check_matrix(topk_weights, torch.float32)
+        check_matrix(topk_idx, torch.int64)
+        check_matrix(topk_weights, torch.float32)
         assert topk_idx.shape == topk_weights.shape
         assert topk_idx.shape[0] == x.shape[0]
         assert topk_idx.shape[1] <= 32
@@ -175,19 +175,19 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        _check_fill()
+        check_fill()
         _check_streams(previous_event, async_finish, allocate_on_comm_stream)
         assert bias is None, "not emulated"
         config = config or self.get_combine_config(self.group_size)
         self._check_rows(x, config, 0 if topk_weights is None else topk_weights.shape[1])
         rank_prefix, _, channel_prefix, source, _, heads = handle
         self._check_prefixes(rank_prefix, channel_prefix, config)
-        _check_matrix(heads, torch.int32)
+        check_matrix(heads, torch.int32)
         assert heads.shape[1] == self.group_size
         assert source.dtype == torch.int32
         assert source.shape == (x.shape[0],)
         if topk_weights is not None:
-            _check_matrix(topk_weights, torch.float32)
+            check_matrix(topk_weights, torch.float32)
             assert topk_weights.shape[0] == x.shape[0]
             assert topk_weights.shape[1] <= 32
         self._meet("combine", x.shape[1], None if topk_weights is None else topk_weights.shape[1])
@@ -256,13 +256,11 @@ class Buffer:
         return out.index_add_(0, tokens.long(), back.float())
 
     def _meet(self, *notes: object) -> None:
-        every: list[Any] = [None] * self.group_size
-        dist.all_gather_object(every, notes, group=self.group)
-        assert every == [notes] * self.group_size, f"ranks make different calls: {every}"
+        meet(self.group, *notes)
 
     def _check_rows(self, x: Tensor, config: Config, picks: int) -> None:
         assert self.available, "the buffer is destroyed"
-        _check_matrix(x, torch.bfloat16)
+        check_matrix(x, torch.bfloat16)
         hidden = x.shape[1]
         assert hidden * 2 % 16 == 0
         assert hidden % 16 == 0, "the kernel traps"
@@ -284,17 +282,24 @@ class Buffer:
         assert per_rank.shape[0] == self.group_size
         assert per_expert.shape[0] % self.group_size == 0
         assert per_expert.shape[0] // self.group_size <= 128
-        _check_matrix(is_token_in_rank, torch.bool)
+        check_matrix(is_token_in_rank, torch.bool)
         assert is_token_in_rank.shape == (x.shape[0], self.group_size)
 
     def _check_prefixes(self, ranks: Tensor, channels: Tensor, config: Config) -> None:
-        _check_matrix(ranks, torch.int32)
-        _check_matrix(channels, torch.int32)
+        check_matrix(ranks, torch.int32)
+        check_matrix(channels, torch.int32)
         assert ranks.shape == (self.group_size, self.group_size)
         assert channels.shape == (self.group_size, config.num_sms // 2)
 
 
-def _check_matrix(t: Tensor, dtype: torch.dtype) -> None:
+def meet(group: dist.ProcessGroup, *notes: object) -> None:
+    """Waits for the other ranks, which must be making the same call."""
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, notes, group=group)
+    assert every == [notes] * group.size(), f"ranks make different calls: {every}"
+
+
+def check_matrix(t: Tensor, dtype: torch.dtype) -> None:
     assert t.dim() == 2
     assert t.is_contiguous()
     assert t.dtype == dtype
@@ -304,7 +309,7 @@ def _check_streams(event: EventOverlap | None, async_finish: bool, on_comm_strea
     assert not on_comm_stream or (event is not None and async_finish)
 
 
-def _check_fill() -> None:
+def check_fill() -> None:
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert not (torch.are_deterministic_algorithms_enabled() and fills)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
 
-_BUFFERS: dict[str, Any] = {}
+BUFFERS: dict[str, Any] = {}
 """The one buffer of each process group, by the group's name."""
 
 
@@ -34,13 +34,13 @@ def _buffer(hidden: int, name: str) -> Any:
     """The group's buffer, made or made larger here: all ranks get here with the same width."""
     group, buffer = process_group(name), library().Buffer
     size = _buffer_bytes(hidden, group.size(), buffer.num_sms)
-    held = _BUFFERS.get(name)
+    held = BUFFERS.get(name)
     if held is not None and held.group is group and held.num_nvl_bytes >= size:
         return held
     if held is not None:
         held.destroy()
-    _BUFFERS[name] = buffer(group, size, 0, explicitly_destroy=True)
-    return _BUFFERS[name]
+    BUFFERS[name] = buffer(group, size, 0, explicitly_destroy=True)
+    return BUFFERS[name]
 
 
 @functools.lru_cache
@@ -53,8 +53,8 @@ def _buffer_bytes(hidden: int, ranks: int, _sms: int) -> int:
 
 def destroy_buffers() -> None:
     """Frees every buffer; all ranks must call it, while their process groups exist."""
-    while _BUFFERS:
-        _BUFFERS.popitem()[1].destroy()
+    while BUFFERS:
+        BUFFERS.popitem()[1].destroy()
 
 
 @torch.library.custom_op("moe_compile::deep_ep_dispatch", mutates_args=())
@@ -127,17 +127,33 @@ def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> 
     )
 
 
-@deep_ep_combine.register_fake
-def _(y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str) -> Any:
-    tokens = handle[5].shape[0]
-    if weights is None:
-        return y.new_empty(tokens, y.shape[1]), y.new_empty(0, 0)
-    return y.new_empty(tokens, y.shape[1]), weights.new_empty(tokens, weights.shape[1])
+def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
+    """Give three ops the fakes that they share, and the two backwards.
 
+    Tensor 3 of their handle has a row for each of the U rows, tensor 5 one for each of T tokens.
+    """
 
-@deep_ep_redispatch.register_fake
-def _(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
-    return g.new_empty(handle[3].shape[0], g.shape[1])
+    @combine.register_fake
+    def _(y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str) -> Any:
+        tokens = handle[5].shape[0]
+        if weights is None:
+            return y.new_empty(tokens, y.shape[1]), y.new_empty(0, 0)
+        return y.new_empty(tokens, y.shape[1]), weights.new_empty(tokens, weights.shape[1])
+
+    @redispatch.register_fake
+    def _(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
+        return g.new_empty(handle[3].shape[0], g.shape[1])
+
+    def dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
+        grads = combine(rows, weights, list(ctx.saved_tensors), ctx.group)
+        return grads[0], None, grads[1], None, None
+
+    def combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        handle = list(ctx.saved_tensors)
+        return redispatch(grad, handle, ctx.group), None, [None] * len(handle), None
+
+    dispatch.register_autograd(dispatch_backward, setup_context=_save_dispatch)
+    combine.register_autograd(combine_backward, setup_context=_save_combine)
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
@@ -146,21 +162,10 @@ def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1], *output[3:])
 
 
-def _dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
-    grads = deep_ep_combine(rows, weights, list(ctx.saved_tensors), ctx.group)
-    return grads[0], None, grads[1], None, None
-
-
 def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
     _, _, handle, ctx.group = inputs
     ctx.save_for_backward(*handle)
     ctx.mark_non_differentiable(output[1])
 
 
-def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-    handle = list(ctx.saved_tensors)
-    return deep_ep_redispatch(grad, handle, ctx.group), None, [None] * len(handle), None
-
-
-deep_ep_dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)
-deep_ep_combine.register_autograd(_combine_backward, setup_context=_save_combine)
+complete(deep_ep_dispatch, deep_ep_combine, deep_ep_redispatch)

@@ -1,4 +1,4 @@
-"""DeepEP's ops, on its emulation: against all_to_all bit for bit, and against dense experts."""
+"""DeepEP's ops, on emulations of both interfaces: against all_to_all bit for bit, and dense."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,18 @@ from moe_compile.providers.all_to_all import AllToAllProvider
 from moe_compile.providers.deepep import DeepEPProvider
 from moe_compile.providers.provider import Provider
 from moe_compile.providers.torch import TorchProvider
-from tests import deep_ep_emulator
+from tests import deep_ep_elastic_emulator, deep_ep_emulator
 from tests.kernels.dispatching import CASES, EXPERTS, dense, group, parameters, tokens_of
 from tests.pairs import error
 from tests.ranks import on_ranks
 
-HIDDEN, DTYPE = 32, torch.bfloat16
+HIDDEN, DTYPE = 256, torch.bfloat16
 LIMIT = 0.02  # bfloat16, summed in another order than one process would
 
 Program = Callable[..., Tensor]
+EMULATORS = {"Buffer": deep_ep_emulator, "ElasticBuffer": deep_ep_elastic_emulator}
+
+both = pytest.mark.parametrize("interface", EMULATORS)
 
 
 def tokens_with(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +54,11 @@ def parallel(provider: Provider) -> Program:
     return run
 
 
-def recomputed(*inputs: Tensor) -> Any:
-    return checkpoint(parallel(DeepEPProvider()), *inputs, use_reentrant=False)
+def recomputed(program: Program) -> Program:
+    def run(*inputs: Tensor) -> Any:
+        return checkpoint(program, *inputs, use_reentrant=False)
+
+    return run
 
 
 def gradients(program: Program, *inputs: Tensor, ids: Tensor) -> list[Tensor]:
@@ -83,31 +89,42 @@ def check_case(case: str, program: Program, *, exact: bool = True) -> None:
         assert error(value, reference) < LIMIT, case
 
 
-def check_programs() -> None:
-    deep_ep_emulator.install()
+def check_programs(interface: str) -> None:
+    EMULATORS[interface].install()
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     plain = parallel(DeepEPProvider())
+    programs = plain, recomputed(plain)
     compiled = [
         torch.compile(program, fullgraph=True, backend="aot_eager", dynamic=True)
-        for program in (plain, recomputed)
+        for program in programs
     ]
-    for program in (plain, recomputed, *compiled):
+    for program in (*programs, *compiled):
         for case in CASES:
             check_case(case, program)
-    check_buffers()
+    destroy_buffers()
+
+
+def check_ops() -> None:
+    deep_ep_emulator.install()
     opcheck()
+    check_buffers()
     destroy_buffers()
 
 
 def check_buffers() -> None:
     """One buffer for the group; wider rows and more SMs make a larger one, narrower rows do not."""
-    (first,) = deep_ep._BUFFERS.values()
+    (first,) = deep_ep.BUFFERS.values()
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    for hidden, sms, is_new in ((16, 20, False), (64, 20, True), (64, 24, True), (32, 20, False)):
+    for hidden, sms, is_new in (
+        (128, 20, False),
+        (512, 20, True),
+        (512, 24, True),
+        (256, 20, False),
+    ):
         deep_ep_emulator.Buffer.set_num_sms(sms)
         x = torch.ones(1, hidden, dtype=torch.bfloat16)
         deep_ep_dispatch(x, ids, torch.ones(1, 1), EXPERTS, group())
-        (last,) = deep_ep._BUFFERS.values()
+        (last,) = deep_ep.BUFFERS.values()
         assert (last is not first) == is_new
         assert first.available != is_new
         first = last
@@ -126,14 +143,14 @@ def opcheck() -> None:
     torch.library.opcheck(deep_ep_redispatch, (x.detach(), handle, group()))
 
 
-def check_plain() -> None:
-    deep_ep_emulator.install()
+def check_plain(interface: str) -> None:
+    EMULATORS[interface].install()
     for case in CASES:
         check_case(case, parallel(DeepEPProvider()))
 
 
-def check_inductor() -> None:
-    deep_ep_emulator.install()
+def check_inductor(interface: str) -> None:
+    EMULATORS[interface].install()
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     program = torch.compile(
         parallel(DeepEPProvider()), fullgraph=True, backend="inductor", dynamic=True
@@ -142,18 +159,25 @@ def check_inductor() -> None:
     check_case("one rank has no tokens", program, exact=False)
 
 
-def test_eager_recomputed_and_compiled_on_two_ranks() -> None:
-    on_ranks(2, check_programs)
+@both
+def test_eager_recomputed_and_compiled_on_two_ranks(interface: str) -> None:
+    on_ranks(2, check_programs, interface)
 
 
+def test_the_ops_and_their_buffers() -> None:
+    on_ranks(2, check_ops)
+
+
+@both
 @pytest.mark.matrix
-def test_on_four_ranks() -> None:
-    on_ranks(4, check_plain)
+def test_on_four_ranks(interface: str) -> None:
+    on_ranks(4, check_plain, interface)
 
 
+@both
 @pytest.mark.slow
-def test_compiled_with_inductor() -> None:
-    on_ranks(2, check_inductor)
+def test_compiled_with_inductor(interface: str) -> None:
+    on_ranks(2, check_inductor, interface)
 
 
 def emulation() -> None:
@@ -182,7 +206,7 @@ def emulation() -> None:
     copies = is_sent.sum(1, keepdim=True)
     assert torch.equal(made.combine(rows, handle)[0], (x.float() * copies).bfloat16())
     assert torch.equal(made.dispatch(x, handle=handle)[0], rows)
-    for wrong in (x.float(), x.T, x[:, :24].contiguous()):
+    for wrong in (x.float(), x.T, x[:, :248].contiguous()):
         with pytest.raises(AssertionError):
             made.dispatch(wrong, **layout)
     made.destroy()

@@ -1,6 +1,7 @@
 import copy
+import importlib
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.providers import Call
 from moe_compile.providers.deepep import DeepEPProvider
 from moe_compile.providers.registry import choose_dispatcher
-from tests import deep_ep_emulator
+from tests import deep_ep_elastic_emulator, deep_ep_emulator
 from tests.families import build
 from tests.pairs import inputs, step
 from tests.ranks import on_ranks
 
 BF16 = torch.bfloat16
 REAL = SimpleNamespace(Buffer=object)  # no word of another device than CUDA
+ELASTIC = SimpleNamespace(ElasticBuffer=object, find_cuda_home=lambda: "/nowhere")
 
 
 def call_of(
@@ -49,6 +51,11 @@ def call_of(
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_emulator)
+
+
+@pytest.fixture
+def emulated_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_elastic_emulator)
 
 
 def reason_of(call: Call) -> str:
@@ -92,15 +99,89 @@ def test_refuses(options: dict[str, Any], reason: str) -> None:
     assert reason in reason_of(call_of(**options))
 
 
+@pytest.mark.usefixtures("emulated_v2")
+def test_what_v2_takes() -> None:
+    provider = DeepEPProvider()
+    limits = call_of(hidden=32768, picks=32, experts=2048, ranks=8, weights=BF16)
+    for call in (call_of(hidden=256), limits, call_of(hidden=512, experts=9, ranks=3)):
+        assert provider.supports(dispatch, call) is None
+        assert provider.supports(combine, call) is None
+
+
+@pytest.mark.usefixtures("emulated_v2")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cuda:0"}, "takes tensors on cpu: got cuda"),
+        ({"dtype": torch.float32}, "takes bfloat16: got torch.float32"),
+        ({"weights": torch.float64}, "sends weights as float32: got torch.float64"),
+        ({"hidden": 128}, "widths that 256 divides, up to 32768: got 128"),
+        ({"hidden": 33024}, "widths that 256 divides, up to 32768: got 33024"),
+        ({"picks": 33}, "up to 32 experts for a token: got 33"),
+        ({"ranks": 1}, "takes 2 ranks or more: got 1"),
+        ({"one_machine": False}, "ranks of one machine: the EP group spans several"),
+        ({"experts": 7}, "up to 256 experts a rank, equally many on each: got 7 on 2 ranks"),
+        ({"experts": 514}, "up to 256 experts a rank, equally many on each: got 514 on 2 ranks"),
+    ],
+    ids=str,
+)
+def test_v2_refuses(options: dict[str, Any], reason: str) -> None:
+    wide: dict[str, Any] = {"hidden": 256}
+    assert reason in reason_of(call_of(**wide | options))
+
+
+@pytest.mark.parametrize(
+    ("classes", "name"),
+    [
+        (("Buffer",), "_dispatch"),
+        (("ElasticBuffer",), "_elastic_dispatch"),
+        (("Buffer", "ElasticBuffer"), "_dispatch"),
+    ],
+)
+def test_v1_goes_first(
+    monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...], name: str
+) -> None:
+    module = SimpleNamespace(**dict.fromkeys(classes, object))
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
+    assert DeepEPProvider().implementation(dispatch).__name__ == name
+
+
 def test_refuses_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", None)
     assert "package deep_ep, whose import fails" in reason_of(call_of())
     assert "tokenspeed-deepep==1.2.1" in reason_of(call_of())
-    v2 = SimpleNamespace(ElasticBuffer=object)
-    monkeypatch.setitem(sys.modules, "deep_ep", v2)
-    assert "the installed one is V2 alone" in reason_of(call_of())
+    monkeypatch.setitem(sys.modules, "deep_ep", SimpleNamespace(HybridEPBuffer=object))
+    assert "deep_ep.ElasticBuffer (V2): found neither" in reason_of(call_of())
     monkeypatch.setitem(sys.modules, "deep_ep", REAL)
     assert "takes tensors on cuda: got cpu" in reason_of(call_of())
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpu(monkeypatch, "NVIDIA H100", (9, 0), True)
+
+
+def set_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], joined: bool
+) -> None:
+    answers = {
+        "get_device_name": name,
+        "get_device_capability": capability,
+        "device_count": 2,
+        "can_device_access_peer": joined,
+    }
+    for function, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer: answer)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_v2_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", ELASTIC)
+    monkeypatch.delenv("EP_JIT_NVCC_COMPILER", raising=False)
+    call = call_of(hidden=256, device="cuda:0")
+    assert "with nvcc: found none at /nowhere/bin/nvcc; set CUDA_HOME" in reason_of(call)
+    monkeypatch.setenv("EP_JIT_NVCC_COMPILER", sys.executable)
+    assert DeepEPProvider().supports(dispatch, call) is None
 
 
 @pytest.mark.parametrize(
@@ -120,14 +201,7 @@ def test_refuses_a_gpu(
     reason: str | None,
 ) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", REAL)
-    answers = {
-        "get_device_name": name,
-        "get_device_capability": capability,
-        "device_count": 2,
-        "can_device_access_peer": joined,
-    }
-    for function, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer: answer)
+    set_gpu(monkeypatch, name, capability, joined)
     call = call_of(device="cuda:0")
     if reason is None:
         assert DeepEPProvider().supports(dispatch, call) is None
@@ -168,14 +242,14 @@ def optimized(model: Any, **options: Any) -> Any:
     return moe_compile.optimize(copy.deepcopy(model), mesh, config, passes=passes)
 
 
-def check_model() -> None:
+def check_model(emulator: str) -> None:
     rank = dist.get_rank()
-    model = build("qwen3_moe", BF16, num_hidden_layers=2)
+    model = build("qwen3_moe", BF16, num_hidden_layers=2, hidden_size=256)
     call = inputs(batch=1 + rank, length=7 + rank, seed=rank)
     refused = optimized(model, dispatcher="deepep")
     check_report(refused, "all_to_all", "deep_ep, whose import fails: ")
     want = step(refused, **call)
-    deep_ep_emulator.install()
+    importlib.import_module(emulator).install()
     check_report(optimized(model, dispatcher="all_to_all"), "all_to_all", None)
     compile = {"backend": "aot_eager"}
     for options in ({}, {"dispatcher": "deepep"}, {"dispatcher": "deepep", "compile": compile}):
@@ -212,5 +286,6 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.matrix
-def test_a_model_gets_the_loss_and_gradients_of_all_to_all() -> None:
-    on_ranks(2, check_model)
+@pytest.mark.parametrize("emulator", [deep_ep_emulator, deep_ep_elastic_emulator])
+def test_a_model_gets_the_loss_and_gradients_of_all_to_all(emulator: ModuleType) -> None:
+    on_ranks(2, check_model, emulator.__name__)

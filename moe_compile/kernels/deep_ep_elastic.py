@@ -1,0 +1,166 @@
+"""Dispatch and combine by DeepEP's `ElasticBuffer` (V2), inside one machine.
+
+The three ops and their backwards mean what those of `deep_ep` do, with another handle. Three things
+differ in the library, and end here:
+
+* A buffer holds up to a number of tokens, the same on all ranks, and a rank may bring any number.
+  So a dispatch begins by exchanging the largest. Its power of two is the bound of this dispatch,
+  and the buffer is made larger where that needs it. The handle keeps the bound: it lays out the
+  buffer for the way back, in whatever larger buffer is there by then.
+* Kernels are compiled when they are first used, one for each bound: hence the powers of two.
+* A token's place among a rank's rows is drawn by an atomic addition, and changes from run to run.
+  Rows are sorted here by rank and token, so that what is recomputed is what was computed.
+
+Every rank of the group must make each call, with any number of tokens; no token may pick an expert
+twice. Dispatch waits for the device, to learn the largest number of tokens and how many rows come.
+Below, T are a rank's tokens, U the rows it receives, R the ranks, L the experts on each.
+"""
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_compile.kernels.all_to_all import process_group
+from moe_compile.kernels.deep_ep import BUFFERS, complete, library
+
+_LEAST_BOUND = 256
+"""Below it a buffer is small anyway, and every bound costs a compilation."""
+
+
+def _bound(tokens: int, device: torch.device, name: str) -> int:
+    """A power of two that no rank's tokens exceed; the same on all ranks of the group."""
+    largest = torch.tensor([tokens], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, process_group(name))
+    return max(_LEAST_BOUND, 1 << (int(largest) - 1).bit_length())
+
+
+def _buffer(bound: int, hidden: int, picks: int, name: str) -> Any:
+    """The group's buffer, made or made larger here: all ranks get here with the same numbers."""
+    group, elastic, held = process_group(name), library().ElasticBuffer, BUFFERS.get(name)
+    size = elastic.get_buffer_size_hint(group, bound, hidden, picks, allow_hybrid_mode=False)
+    if held is not None and held.group is group and held.num_bytes >= size:
+        return held
+    if held is not None:
+        held.destroy()
+    # Inside one machine nothing travels over a network, and without one it would stop here.
+    os.environ.setdefault("EP_DISABLE_GIN", "1")
+    BUFFERS[name] = elastic(group, size, allow_hybrid_mode=False, explicitly_destroy=True)
+    return BUFFERS[name]
+
+
+def _library_handle(handle: list[Tensor]) -> Any:
+    """The library's handle of a dispatch, made of its tensors again."""
+    per_rank, per_expert, numbers, _, source, slots, picks = handle
+    num_experts, bound, num_sms = numbers.tolist()
+    return library().EPHandle(
+        do_expand=False,
+        num_experts=num_experts,
+        expert_alignment=1,
+        num_max_tokens_per_rank=bound,
+        num_sms=num_sms,
+        topk_idx=picks,
+        num_recv_tokens=source.shape[0],
+        num_expanded_tokens=0,
+        num_recv_tokens_per_expert_list=[],
+        psum_num_recv_tokens_per_scaleup_rank=per_rank,
+        psum_num_recv_tokens_per_expert=per_expert,
+        num_unaligned_recv_tokens_per_expert=per_expert,  # checked, but read in expand mode only
+        recv_src_metadata=source,
+        dst_buffer_slot_idx=slots,
+        token_metadata_at_forward=None,
+        channel_linked_list=None,
+    )
+
+
+@torch.library.custom_op("moe_compile::deep_ep_elastic_dispatch", mutates_args=())
+def elastic_dispatch(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
+
+    Returns:
+        rows [U, H], local ids [U, K], weights [U, K]; and the handle: the prefix sums of rows by
+        rank [R] and by expert [L]; on the CPU [3], the experts, the bound and the SMs; the order
+        of the rows in the buffer [U], and their sources [U, 2 + K]; the places of what was sent
+        [T, K], and its picks [T, K].
+    """
+    bound = _bound(x.shape[0], x.device, group)
+    arrived, picked, weighed, handle, _ = _buffer(bound, x.shape[1], ids.shape[1], group).dispatch(
+        x.contiguous(),
+        topk_idx=ids.to(torch.int64).contiguous(),
+        topk_weights=weights.to(torch.float32).contiguous(),
+        num_experts=num_experts,
+        num_max_tokens_per_rank=bound,
+    )
+    order = handle.recv_src_metadata[:, 0].argsort()
+    rows, local_ids, their_weights, source = (
+        t.index_select(0, order) for t in (arrived, picked, weighed, handle.recv_src_metadata)
+    )
+    # The way back brings a weight's gradient from its expert's rank alone: others get zeros.
+    their_weights.masked_fill_(local_ids < 0, 0)
+    return (
+        rows,
+        local_ids.to(ids.dtype),
+        their_weights.to(weights.dtype),
+        handle.psum_num_recv_tokens_per_scaleup_rank,
+        handle.psum_num_recv_tokens_per_expert.clone(),  # a slice
+        torch.tensor([num_experts, bound, handle.num_sms]),
+        order,
+        source,
+        handle.dst_buffer_slot_idx,
+        handle.topk_idx,
+    )
+
+
+@torch.library.custom_op("moe_compile::deep_ep_elastic_combine", mutates_args=())
+def elastic_combine(
+    y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str
+) -> tuple[Tensor, Tensor]:
+    """Return rows y [U, H], and weights [U, K] where given, and sum the rows of each token.
+
+    Returns:
+        [T, H], sums in float32; and [T, K], of each pick what its expert's rank gave, or [0, 0]
+        without weights.
+    """
+    theirs, picks = _library_handle(handle), handle[6].shape[1]
+    buffer = _buffer(theirs.num_max_tokens_per_rank, y.shape[1], picks, group)
+    sent = None if weights is None else weights.to(torch.float32).contiguous()
+    out, back, _ = buffer.combine(y.contiguous(), theirs, topk_weights=sent)
+    if weights is None:
+        return out, y.new_empty(0, 0)
+    return out, back.to(weights.dtype)
+
+
+@torch.library.custom_op("moe_compile::deep_ep_elastic_redispatch", mutates_args=())
+def elastic_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
+    """Send g [T, H] as dispatch sent x; returns [U, H]."""
+    theirs, picks = _library_handle(handle), handle[6].shape[1]
+    buffer = _buffer(theirs.num_max_tokens_per_rank, g.shape[1], picks, group)
+    rows: Tensor = buffer.dispatch(g.contiguous(), handle=theirs, num_sms=theirs.num_sms)[0]
+    return rows.index_select(0, handle[3])
+
+
+@elastic_dispatch.register_fake
+def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
+    rows, ranks = torch.library.get_ctx().new_dynamic_size(), process_group(group).size()
+    tokens, picks = ids.shape
+    new = functools.partial(ids.new_empty, dtype=torch.int32)
+    return (
+        x.new_empty(rows, x.shape[1]),
+        ids.new_empty(rows, picks),
+        weights.new_empty(rows, picks),
+        new((ranks,)),
+        new((num_experts // ranks,)),
+        ids.new_empty(3, dtype=torch.int64, device="cpu"),
+        ids.new_empty(rows, dtype=torch.int64),
+        new((rows, 2 + picks)),
+        new((tokens, picks)),
+        ids.new_empty((tokens, picks), dtype=torch.int64),
+    )
+
+
+complete(elastic_dispatch, elastic_combine, elastic_redispatch)

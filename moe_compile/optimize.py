@@ -1,5 +1,6 @@
 """The pipeline on one page: probe, trace, run the passes, install, verify, compile."""
 
+import itertools
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_compile.adapters.checkpoints import settle_dtypes
@@ -190,13 +191,16 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
     """What this rank is about to do, a line for each thing."""
     state = [f"{n}: {t.dtype} {tuple(t.shape)}" for n, t in model.state_dict().items()]
     graphs = [
-        f"{unit.name}: {node}" for units in work.units for unit in units for node in _code(unit)
+        f"{unit.name}: {line}"
+        for unit in itertools.chain(*work.units)
+        for line in graph_lines(unit.captured, work.device)
     ]
     return [repr(config), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
 
 
-def _code(unit: UnitGraph) -> list[str]:
-    return str(unit.captured).splitlines()
+def graph_lines(graph: fx.Graph, device: torch.device) -> list[str]:
+    """A graph as text that is the same on every rank, each of which has a device of its own."""
+    return str(graph).replace(str(device), device.type).splitlines()
 
 
 def _summary(work: Work) -> Report:

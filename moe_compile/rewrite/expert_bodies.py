@@ -180,11 +180,7 @@ def _strip(node: Any) -> Any:
 
 def _take_block(products: list[_Product]) -> dict[int, list[_Product]] | None:
     """Takes out the products of one block: of the first one's experts, as far as they reach."""
-    first = products[0]
-    families = {first.weight.family}
-    results = {p.node: p for p in products}
-    linked = _linked(first, products, results)
-    families |= {p.weight.family for p in linked}
+    families = {p.weight.family for p in _of_first_body(products)}
     block = [p for p in products if p.weight.family in families]
     products[:] = [p for p in products if p.weight.family not in families]
     if len(families) < 2:
@@ -195,12 +191,26 @@ def _take_block(products: list[_Product]) -> dict[int, list[_Product]] | None:
     return by_expert
 
 
-def _linked(
-    first: _Product, products: list[_Product], results: dict[fx.Node, _Product]
-) -> list[_Product]:
-    """The products of the first one's expert that share its rows, or that it flows into."""
-    same = [p for p in products if p.weight.expert == first.weight.expert]
-    return [p for p in same if p.rows is first.rows or _inner(p, {first.node}) is not None]
+def _of_first_body(products: list[_Product]) -> list[_Product]:
+    """The first product, those of its expert that share its rows, and the next one after them."""
+    first = products[0]
+    own = {p.node: p for p in products if p.weight.expert == first.weight.expert}
+    found = {node: p for node, p in own.items() if p.rows is first.rows}
+    todo, seen = [user for node in found for user in node.users], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in own:
+            found[node] = own[node]
+        elif node not in seen and _leading(node) == _leading(first.node):
+            seen.add(node)
+            todo += node.users
+    return list(found.values())
+
+
+def _leading(node: fx.Node) -> list[str]:
+    """The sizes of a value but for its last."""
+    result = node.meta.get("val")
+    return [str(size) for size in result.shape[:-1]] if isinstance(result, Tensor) else []
 
 
 def _inner(product: _Product, sources: set[fx.Node]) -> set[fx.Node] | None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_compile.capture.boundary import enter
 from moe_compile.capture.trace import autocast
@@ -27,6 +26,7 @@ from moe_compile.rewrite.normal_form import is_random
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
 from moe_compile.verify import meanings as _register_meanings  # noqa: F401  # pyright: ignore
+from moe_compile.verify.in_float64 import InFloat64
 from moe_compile.verify.oracle import Disproved, prove
 
 Program = Callable[..., Any]
@@ -34,7 +34,6 @@ Values = dict[str, Tensor]
 
 _LIMIT_BYTES = 256 * 2**20
 _DRAWS = 8
-_NARROW = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,23 +242,11 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class _Float64(TorchDispatchMode):
-    """Turns casts to narrower floats into casts to float64."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
 def _in_float64(
     program: Program, owner: nn.Module, tensors: list[Tensor], used: list[int]
 ) -> Values:
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
-    with _Float64():
+    with InFloat64():
         return run(program, copy.deepcopy(owner).double(), wide, used)[0]
 
 
@@ -302,7 +289,7 @@ def _prove_over_field(
 
     parameters = [p.detach() for p in module.parameters()]
     try:
-        with _Float64():
+        with InFloat64():
             prove(function(before), function(after), [*wide, *parameters])
     except Disproved as disproof:
         raise Refuse(f"disproved over a prime field: {disproof}") from None

@@ -1,0 +1,20 @@
+"""Runs narrower code in float64."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+
+
+class InFloat64(TorchDispatchMode):
+    """Turns casts to narrower floats into casts to float64."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)

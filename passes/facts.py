@@ -6,6 +6,7 @@ from moe_compile.ops import experts
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.patterns import (
     EagerAttention,
+    ExpertLoop,
     GatedMLP,
     GroupedExperts,
     RMSNorm,
@@ -37,7 +38,7 @@ NORMS_RAISED = none_left("norms_raised", RMSNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
 ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
 MLPS_RAISED = none_left("mlps_raised", GatedMLP())
-EXPERTS_RAISED = none_left("experts_raised", GroupedExperts())
+EXPERTS_RAISED = none_left("experts_raised", GroupedExperts(), ExpertLoop())
 EXPERTS_PLACED = Fact("experts_placed", _placed)
 PLANNED = Fact("planned", _planned)
 LOWERED = Fact("lowered", _lowered)

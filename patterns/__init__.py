@@ -1,6 +1,7 @@
 """The idioms that moe_compile knows, one a file."""
 
 from moe_compile.patterns.eager_attention import EagerAttention
+from moe_compile.patterns.expert_loop import ExpertLoop
 from moe_compile.patterns.gated_mlp import GatedMLP
 from moe_compile.patterns.grouped_experts import GroupedExperts
 from moe_compile.patterns.rms_norm import RMSNorm
@@ -10,6 +11,7 @@ from moe_compile.patterns.sdpa_attention import SDPAAttention
 
 __all__ = [
     "EagerAttention",
+    "ExpertLoop",
     "GatedMLP",
     "GroupedExperts",
     "RMSNorm",

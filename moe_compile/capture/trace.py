@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
-from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
+from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.untouched import Touched, Untouched

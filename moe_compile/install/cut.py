@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.capture.boundary import ModuleCall, enter, exit
@@ -106,7 +107,7 @@ class _Cutter:
             if node.target is exit and node.args[0] == child:
                 self._take_outputs(self.unit.calls[child], node, self.children[child])
             return
-        if node.target in (enter, exit) or isinstance(node.meta["val"], torch.SymInt):
+        if node.target in (enter, exit) or _is_read_off(node.meta["val"]):
             return
         if node.op == "get_attr":
             raise Refuse("its code holds a tensor that is no parameter or buffer", node)
@@ -256,6 +257,11 @@ def _dropped(value: Any) -> bool:
     """Whether a keyword is a stand-in that nothing looked at."""
     leaves = pytree.tree_leaves(value)
     return any(isinstance(leaf, Untouched) for leaf in leaves)
+
+
+def _is_read_off(value: Any) -> bool:
+    """Whether it is a size that the arguments' shapes give: not one that depends on their data."""
+    return isinstance(value, torch.SymInt) and not free_unbacked_symbols(value)
 
 
 def _inside(owner: str, path: str) -> str:

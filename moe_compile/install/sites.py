@@ -20,7 +20,7 @@ from moe_compile.install.forward import (
 from moe_compile.report import Site
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
-from moe_compile.verify.parity import Verifier
+from moe_compile.verify.parity import OwnCodeFails, Verifier
 
 
 @dataclass
@@ -99,6 +99,7 @@ def _variants(
     """One variant for every call of the owner in every captured form, each verified."""
     owners = [model.get_submodule(name) for name in installation.owner_names()]
     found: list[Variant] = []
+    impossible: OwnCodeFails | None = None
     _check_single_path(units, installation.path)
     for unit in units:
         nodes = lowered_nodes(unit, installation.path)
@@ -109,7 +110,13 @@ def _variants(
             found.append(variant(piece, unit.mode_of(call), unit.reads, owners[0]))
             if found[-1].weights and piece.conditions is not None:
                 raise Refuse("its code asks for sizes, so ranks could take different paths")
-            verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
+            try:
+                verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
+            except OwnCodeFails as failure:
+                impossible = failure
+                found.pop()
+    if impossible is not None and not found:
+        raise impossible
     _check_ties(model, owners, {name for each in found for name in each.weights})
     return tuple(found)
 

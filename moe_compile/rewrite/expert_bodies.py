@@ -6,7 +6,7 @@ back. Which rows these are, and what becomes of them, is not looked at here: see
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +33,31 @@ class Stack:
     parts: tuple[fx.Node, ...]
     transposed: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether one node holds the weights of all experts."""
-        return value(self.parts[0]).dim() == 3
+
+@dataclass(frozen=True)
+class Stacks:
+    """An argument of the canonical op: stacks side by side, all lying alike.
+
+    They are put together in the graph where the model stores them apart.
+    """
+
+    stacks: tuple[Stack, ...]
+    transposed: bool
+
+    def write(self, proxy: Callable[[fx.Node], fx.Proxy]) -> Any:
+        """Appends the nodes that put the stacks together; returns the last one's proxy."""
+        written = [self._write_one(stack, proxy) for stack in self.stacks]
+        if len(written) == 1:
+            return written[0]
+        last = value(self.stacks[0].parts[0]).dim() + (len(self.stacks[0].parts) > 1) - 1
+        return aten.cat.default(written, last if self.transposed or last == 1 else 1)
+
+    def _write_one(self, stack: Stack, proxy: Callable[[fx.Node], fx.Proxy]) -> Any:
+        parts: list[Any] = [proxy(part) for part in stack.parts]
+        whole = parts[0] if len(parts) == 1 else aten.stack.default(parts)
+        if stack.transposed != self.transposed:
+            return aten.transpose.int(whole, 1, 2)
+        return whole
 
 
 @dataclass(frozen=True)

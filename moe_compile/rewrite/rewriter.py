@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch.fx.proxy import GraphAppendingTracer
+from torch.utils import _pytree as pytree
 
+from moe_compile import ops
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.rewrite.expert_bodies import Stacks
 from moe_compile.rewrite.matcher import crossed_calls, owner_calls
 from moe_compile.rewrite.pattern import Match
 from moe_compile.rewrite.region import Region
@@ -28,7 +33,7 @@ def apply(match: Match, pass_name: str) -> fx.Node:
         "crosses": crossed | _inherited_crossings(match),
     }
     new = _write(match, inherited)
-    root.replace_all_uses_with(new)
+    root.replace_all_uses_with(_in_dtype_of(root, new))
     for node in list(graph.nodes):
         if node.target in (enter, exit) and node.args[0] in crossed:
             graph.erase_node(node)
@@ -40,6 +45,18 @@ def apply(match: Match, pass_name: str) -> fx.Node:
     return new
 
 
+def _in_dtype_of(root: fx.Node, new: fx.Node) -> fx.Node:
+    """The new value in the dtype of the old one: experts give that of their tokens."""
+    wanted, given = root.meta["val"], new.args[0]
+    if new.target is not ops.experts or wanted.dtype == given.meta["val"].dtype:  # type: ignore[union-attr]
+        return new
+    new.meta["val"] = wanted.to(given.meta["val"].dtype)  # type: ignore[union-attr]
+    with root.graph.inserting_after(new):
+        cast = root.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
+    cast.meta = {"val": wanted, "calls": new.meta["calls"]}
+    return cast
+
+
 def _inherited_crossings(match: Match) -> frozenset[int]:
     """What earlier rewrites inside this match had crossed already."""
     return frozenset(call for node in match.nodes for call in node.meta.get("crosses", ()))
@@ -49,17 +66,27 @@ def _write(match: Match, meta: dict[str, Any]) -> fx.Node:
     """Runs `after` on proxies, which appends its nodes before the root."""
     graph = match.root.graph
     tracer = _Tracer(graph)
-    arguments = {
-        name: fx.Proxy(bound, tracer) if isinstance(bound, fx.Node) else bound
-        for name, bound in match.bindings.items()
-    }
     before = set(graph.nodes)
     with graph.inserting_before(match.root):
+        arguments = {n: _argument(bound, tracer) for n, bound in match.bindings.items()}
         result: Any = match.pattern.after(**arguments, **match.choice)
-    for node in set(graph.nodes) - before:
-        node.meta = dict(meta)
     assert isinstance(result.node.target, CanonicalOp), "a pattern ends in one canonical op"
+    for node in sorted(set(graph.nodes) - before):
+        node.meta = dict(meta) if node is result.node else meta | {"val": _fake_value(node)}
     return result.node
+
+
+def _argument(bound: Any, tracer: GraphAppendingTracer) -> Any:
+    """What a pattern's `after` gets for a binding."""
+    if isinstance(bound, Stacks):
+        return bound.write(lambda node: fx.Proxy(node, tracer))
+    return fx.Proxy(bound, tracer) if isinstance(bound, fx.Node) else bound
+
+
+def _fake_value(node: fx.Node) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with detect_fake_mode(pytree.tree_leaves(args)):  # type: ignore[union-attr]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class _Tracer(GraphAppendingTracer):

@@ -7,14 +7,13 @@ gives: outputs and gradients, exactly. What is no such sum is disproved.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.ops.experts import experts
@@ -41,6 +40,7 @@ _MOVES = {
     aten.to.dtype,
     aten.mul.Tensor,
 }
+_Sizes = dict[Any, Any]
 _WIDTH = 2
 _TRIES = 8
 
@@ -102,8 +102,11 @@ def _roots(graph: fx.Graph, bodies: Bodies) -> Iterator[fx.Node]:
 
 
 def _is_rows(result: Any, width: int) -> bool:
-    floating = isinstance(result, Tensor) and result.is_floating_point()
-    return floating and result.dim() == 2 and result.shape[1] == width
+    """Whether it is [any, width]; a width that is computed from counts of rows may be any."""
+    if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() != 2:
+        return False
+    size: Any = result.shape[1]
+    return size == width if isinstance(size, int) else bool(free_unbacked_symbols(size))
 
 
 def _token_candidates(rows: fx.Node, root: fx.Node) -> Iterator[fx.Node]:
@@ -196,20 +199,23 @@ class _Slice:
     ) -> "Routing | Refuse":
         failure = Refuse("no weights [tokens, k] lead to the result", self.root)
         values = {free, *inner} - {None, *self.bodies.nodes}
-        weights = [n for n in self._candidates(torch.float32) if n in values]
-        for weight, weigh_input in itertools.product(weights[:_TRIES], (False, True)):
-            width = value(weight).shape[1:].numel()
-            picks = value(ids).shape[1:].numel()
-            if width not in (picks, self.bodies.count):
-                continue
-            nodes = frozenset(inner) | self.bodies.nodes
-            full = width != picks
+        picks, nodes = _per_row(ids), frozenset(inner) | self.bodies.nodes
+        widths = {picks, self.bodies.count}
+        weights = [n for n in self._candidates(torch.float32) if _per_row(n) in widths]
+        weights = [n for n in weights if n in values][:_TRIES]
+        for weight, weigh_input in itertools.product(weights, (False, True)):
+            full = _per_row(weight) != picks
             routing = Routing(self.root, self.tokens, ids, weight, full, weigh_input, nodes)
             problem = _disproof(routing, inner, free, self.bodies)
             if problem is None:
                 return routing
             failure = Refuse(problem, self.root)
         return failure
+
+
+def _per_row(node: fx.Node) -> int:
+    """How many values a row has."""
+    return value(node).shape[1:].numel()
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -243,7 +249,7 @@ def _are_distinct(ids: fx.Node) -> bool:
         source = source.args[0]  # type: ignore[assignment]
     top = source.args[0] if source.args else None
     selects = isinstance(top, fx.Node) and top.target in (aten.topk.default, aten.sort.default)
-    return selects or value(ids).shape[1:].numel() == 1
+    return selects or _per_row(ids) == 1
 
 
 def _prove_once(
@@ -254,13 +260,13 @@ def _prove_once(
     tokens: int,
     repeats: bool,
 ) -> None:
-    width, out = value(routing.tokens).shape[1], value(routing.root).shape[1]
+    width, out = value(routing.tokens).shape[1], value(bodies.results[0]).shape[-1]
     generator = torch.Generator().manual_seed(tokens)
 
     def random(*sizes: int) -> Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.1
 
-    picks = value(routing.ids).shape[1:].numel()
+    picks = _per_row(routing.ids)
     chance = torch.rand(tokens, bodies.count, generator=generator)
     ids = torch.multinomial(chance, picks, replacement=repeats, generator=generator)
     given = [
@@ -298,17 +304,21 @@ def _before(
     """The nodes as they stand, with a random function for each body."""
     numbers = {node: i for i, node in enumerate(bodies.results)}
 
-    def run(ids: Tensor, x: Tensor, free_value: Tensor, up: Tensor, down: Tensor, *bias: Tensor) -> Tensor:
+    def run(
+        ids: Tensor, x: Tensor, free_value: Tensor, up: Tensor, down: Tensor, *bias: Tensor
+    ) -> Tensor:
         def body(number: int, rows: Tensor) -> Tensor:
             result = _gated(rows, up[number]) @ down[number]
             return result + bias[0][number] if bias else result
 
         env: dict[Any, Any] = {routing.ids: ids, routing.tokens: x, free: free_value}
-        steps = [node for node in inner if node not in bodies.nodes or node in numbers]
+        sizes = _sizes(routing, len(x))
+        calls = [node for node in inner if node.op == "call_function"]
+        steps = [node for node in calls if node not in bodies.nodes or node in numbers]
         rows = dict(zip(bodies.results, bodies.rows, strict=True))
         for node in steps:
             env[node] = (
-                body(numbers[node], env[rows[node]]) if node in numbers else _step(node, env, x)
+                body(numbers[node], env[rows[node]]) if node in numbers else _step(node, env, sizes)
             )
         return env[routing.root]
 
@@ -318,9 +328,12 @@ def _before(
 def _after(routing: Routing, inner: list[fx.Node], free: fx.Node | None) -> Callable[..., Tensor]:
     """The canonical op on the same functions."""
 
-    def run(ids: Tensor, x: Tensor, free_value: Tensor, up: Tensor, down: Tensor, *bias: Tensor) -> Tensor:
+    def run(
+        ids: Tensor, x: Tensor, free_value: Tensor, up: Tensor, down: Tensor, *bias: Tensor
+    ) -> Tensor:
         env: dict[Any, Any] = {routing.ids: ids, routing.tokens: x, free: free_value}
-        weights = _value_of(routing.weights, env, x)
+        sizes = _sizes(routing, len(x))
+        weights = _value_of(routing.weights, env, sizes)
         picks = ids.reshape(len(x), -1)
         weights = weights.reshape(len(x), -1)
         if routing.full:
@@ -345,25 +358,25 @@ def _after(routing: Routing, inner: list[fx.Node], free: fx.Node | None) -> Call
     return run
 
 
-def _value_of(node: fx.Node, env: dict[Any, Any], x: Tensor) -> Any:
+def _value_of(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
     """A node's value, from those that are known."""
     if node not in env:
         for source in node.all_input_nodes:
-            _value_of(source, env, x)
-        env[node] = _step(node, env, x)
+            _value_of(source, env, sizes)
+        env[node] = _step(node, env, sizes)
     return env[node]
 
 
-def _step(node: fx.Node, env: dict[Any, Any], x: Tensor) -> Any:
+def _step(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
     """Runs one node; a size that nothing known has is computed from the number of tokens."""
     if _is_size(node) and not all(source in env for source in node.all_input_nodes):
-        return _size(value(node), x)
+        return _size(value(node), sizes)
 
     def real(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return env[argument]
         if isinstance(argument, torch.SymInt):
-            return _size(argument, x)
+            return _size(argument, sizes)
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
     is_leaf: Callable[[Any], bool] = lambda a: isinstance(a, fx.Node)  # noqa: E731
@@ -371,11 +384,12 @@ def _step(node: fx.Node, env: dict[Any, Any], x: Tensor) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _size(size: Any, x: Tensor) -> int:
-    """A symbolic size where one symbol is the number of tokens and the others are one."""
-    if isinstance(size, int):
-        return size
-    expression: Any = size.node.expr
-    symbols = sorted(expression.free_symbols, key=str)
-    values = dict.fromkeys(symbols, sympy.Integer(1)) | dict.fromkeys(symbols[-1:], len(x))
-    return math.prod([int(expression.xreplace(values))])
+def _sizes(routing: Routing, tokens: int) -> _Sizes:
+    """Values of the symbolic sizes: one of those that count tokens has all, the others are one."""
+    count: Any = value(routing.tokens).shape[0]
+    *others, last = sorted(count.node.expr.free_symbols, key=str)
+    return dict.fromkeys(others, 1) | {last: tokens}
+
+
+def _size(size: Any, sizes: _Sizes) -> int:
+    return size if isinstance(size, int) else int(size.node.expr.xreplace(sizes))

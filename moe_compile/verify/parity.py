@@ -77,6 +77,10 @@ def _first_above(
     return None
 
 
+class OwnCodeFails(Refuse):
+    """The module's own code cannot run in a call form that was foreseen for it."""
+
+
 class Verifier:
     """Verifies the variants of one unit on a copy of it; `level` is `OptimizeConfig.verify`."""
 
@@ -150,7 +154,7 @@ class Verifier:
             with torch.no_grad(), autocast(graph.mode, next(self.unit.parameters()).device):
                 self.unit.get_submodule(graph.prefix)(*args, **kwargs)
         except Exception as error:  # foreign code on inputs that it may not expect
-            raise Refuse(f"its own code fails on small random inputs: {error}") from error
+            raise OwnCodeFails(f"its own code fails on small random inputs: {error}") from error
         finally:
             handle.remove()
         if not seen:

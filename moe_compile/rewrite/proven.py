@@ -1,0 +1,90 @@
+"""Patterns of experts whose routing is proven, not matched: any code that is the weighted sum."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moe_compile.capture.boundary import enter, exit
+from moe_compile.rewrite.expert_bodies import Bodies, Stacks
+from moe_compile.rewrite.matcher import NearMiss, check_escapes
+from moe_compile.rewrite.pattern import Match, Pattern
+from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.region import check_row_wise
+from moe_compile.rewrite.routing import Routing, prove_routing
+
+
+class ProvenExperts(Pattern):
+    """Experts that a subclass finds by their weights; `before` is one of many spellings."""
+
+    kind: ClassVar[str] = "experts"
+    exact: ClassVar[bool] = False
+
+    def bodies(self, graph: fx.Graph) -> Iterator[Bodies]:
+        """What the experts of each block compute."""
+        raise NotImplementedError
+
+    def find(self, graph: fx.Graph, miss: NearMiss) -> Iterator[Match]:
+        """The blocks that are proven; why others are not is noted in `miss`."""
+        found = self.bodies(graph)
+        while True:
+            try:
+                block = next(found, None)
+                if block is None:
+                    return
+                check_row_wise(block.activation)
+                match = self._match(block, prove_routing(graph, block))
+                check_escapes(match)
+            except Refuse as refusal:
+                miss.offer(1, 2, refusal.node or "", refusal.reason)
+                continue
+            yield match
+
+    def _match(self, block: Bodies, routing: Routing) -> Match:
+        transposed = block.down.transposed
+        bindings = {
+            "x": routing.tokens,
+            "ids": routing.ids,
+            "weights": routing.weights,
+            "up": Stacks(block.up, transposed),
+            "down": Stacks((block.down,), transposed),
+            "activation": block.activation,
+            "up_bias": Stacks(block.up_bias, False) if block.up_bias else None,
+            "down_bias": None if block.down_bias is None else Stacks((block.down_bias,), False),
+        }
+        choice = {
+            "transposed": transposed,
+            "weigh_input": routing.weigh_input,
+            "full": routing.full,
+        }
+        nodes = _not_needed_elsewhere(routing, block)
+        return Match(self, bindings, choice, routing.root, nodes)
+
+
+def picked(ids: Any, weights: Any, full: bool) -> tuple[Any, Any]:
+    """Ids and weights as [T, K]: of one pick without its dimension, of weights for all experts."""
+    aten = torch.ops.aten
+    ids = ids if _rank(ids) == 2 else aten.unsqueeze.default(ids, 1)
+    if full:
+        return ids, aten.gather.default(weights, 1, ids)
+    return ids, weights if _rank(weights) == 2 else aten.unsqueeze.default(weights, 1)
+
+
+def _rank(tensor: Any) -> int:
+    """Of a tensor, or of a value of a graph that is being written."""
+    return (tensor.node.meta["val"] if isinstance(tensor, fx.Proxy) else tensor).dim()
+
+
+def _not_needed_elsewhere(routing: Routing, block: Bodies) -> frozenset[fx.Node]:
+    """The nodes that go; what somebody else reads, such as a mask of picks, stays."""
+    nodes = {n for n in routing.nodes if n.op == "call_function" and n.meta["calls"]}
+    while True:
+        kept = {
+            node
+            for node in nodes - block.nodes - {routing.root}
+            if any(user not in nodes and user.target not in (enter, exit) for user in node.users)
+        }
+        if not kept:
+            return frozenset(nodes)
+        nodes -= kept

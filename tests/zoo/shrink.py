@@ -1,0 +1,144 @@
+"""Any configuration at test size: rules by the names of fields, through every sub-configuration."""
+
+import dataclasses
+import re
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+Fields = dict[str, Any]
+
+HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 32, 4, 16, 128
+FIRST_SPECIAL_ID = 104
+"""Ids from here on are those of images, audio and the like; below it, text."""
+
+_SIZES: dict[str, int] = {
+    r"vocab_size|vocab_size_per_layer_input": VOCABULARY,
+    r"hidden_size|d_model|out_hidden_size|text_hidden_size|projection_dim": HIDDEN,
+    r"projector_(in|out)put_dim|projector_hidden_size|projection_hidden_size|output_dim": HIDDEN,
+    r"hidden_size_per_layer_input|index_head_dim|d_rel|router_hidden_size": 8,
+    r"(dense_|projection_)?intermediate_size(_mlp)?|ffn_hidden_size|d_ff|(en|de)coder_ffn_dim": 48,
+    r"(moe_|shared_|moe_shared_expert_|shared_expert_)intermediate_size|mlp_dim": 16,
+    r"expert_ffn_hidden_size|share_expert_dim|moe_latent_size": 16,
+    r"(num_|swa_num_|encoder_|decoder_|num_sliding_)attention_heads|n_heads|num_heads": HEADS,
+    r"(swa_|global_)?head_dim|d_kv|kv_channels": HEAD_DIM,
+    r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim": 8,
+    r"q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank": 16,
+    r"n_group|num_expert_group|index_n_heads|o_groups": 2,
+    r"topk_group": 1,
+    r"(moe_)?num_(local_)?experts|n_routed_experts|moe_num_experts": 8,
+    r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts": 2,
+    r"(n|num|moe_num)_shared_experts": 1,
+    r"first_k_dense_replace|num_dense_layers": 1,
+    r"num_nextn_predict_layers|num_mtp_layers": 0,
+    r"max_position_embeddings|max_seq_len|max_source_positions": 64,
+    r"sliding_window(_size)?|attention_chunk_size": 6,
+    r"index_topk": 4,
+    r"mamba_chunk_size|chunk_size|block_size": 8,
+    r"linear_(num_)?(key_|value_)?head_dim|mamba_head_dim|mamba_d_head|ssm_state_size": 8,
+    r"linear_num_(value_)?heads|mamba_num_heads": 4,
+    r"linear_num_key_heads|n_groups|mamba_n_groups": 2,
+    r"mamba_n_heads|mamba_d_state|mamba_dt_rank": 8,
+    r"expert_capacity": 64,
+}
+_DEPTHS = re.compile(r"num_hidden_layers|num_layers|n_layers|depth|(en|de)coder_layers")
+_NO_CHANCE = re.compile(r".*(dropout|pdrop|jitter|layerdrop|drop_path).*")
+_KEY_VALUE_HEADS = re.compile(r"(swa_)?num_key_value_heads|kv_n_heads")
+_SPECIAL_ID = re.compile(r".*_token_(id|index)")
+_TEXT_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+
+
+def shrunk(config: PreTrainedConfig, changes: Fields) -> PreTrainedConfig:
+    """Of the same class, from the defaults of its class, with sizes for a test.
+
+    `changes` go last; those of a sub-configuration are a dictionary under its name.
+    """
+    fields = _depth(config) | _small(config) | _special_ids(config) | _rope(config)
+    for name, sub in _sub_configs(config).items():
+        fields[name] = shrunk(sub, changes.get(name, {}))
+    own = {k: v for k, v in changes.items() if k not in fields or not _is_config(fields[k])}
+    return type(config)(**fields | own)
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, PreTrainedConfig)
+
+
+def _sub_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    return {name: value for name, value in vars(config).items() if _is_config(value)}
+
+
+def _declared(config: PreTrainedConfig) -> Fields:
+    """The fields that its class adds to those of every configuration, and their values."""
+    own = {field.name for field in dataclasses.fields(config)}
+    own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    stored = {name: config.attribute_map.get(name, name) for name in own}
+    return {name: vars(config).get(stored[name]) for name in sorted(own)}
+
+
+def _small(config: PreTrainedConfig) -> Fields:
+    found: Fields = {}
+    for name, value in _declared(config).items():
+        if isinstance(value, float) and _NO_CHANCE.fullmatch(name):
+            found[name] = 0.0
+        elif _KEY_VALUE_HEADS.fullmatch(name):
+            found[name] = _key_value_heads(config, value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            found |= {name: size for rule, size in _SIZES.items() if re.fullmatch(rule, name)}
+    return found
+
+
+def _key_value_heads(config: PreTrainedConfig, default: int | None) -> int | None:
+    """As many as there are queries, one, or two: what the defaults say."""
+    if default is None or default == 1:
+        return default
+    return HEADS if default == getattr(config, "num_attention_heads", None) else HEADS // 2
+
+
+def _special_ids(config: PreTrainedConfig) -> Fields:
+    """Ids inside the vocabulary, no two the same, above those of text."""
+    names = [n for n, v in _declared(config).items() if _SPECIAL_ID.fullmatch(n) and v is not None]
+    special = [name for name in names if name not in _TEXT_IDS]
+    ids = {name: FIRST_SPECIAL_ID + place for place, name in enumerate(special)}
+    return {name: _TEXT_IDS.get(name, ids.get(name)) for name in names}
+
+
+def _depth(config: PreTrainedConfig) -> Fields:
+    """The fewest layers that show every kind of layer of the defaults."""
+    declared = _declared(config)
+    depths = {n: v for n, v in declared.items() if _DEPTHS.fullmatch(n) and isinstance(v, int)}
+    depth = max(depths.values(), default=0)
+    lists = {n: v for n, v in declared.items() if isinstance(v, list) and len(v) == depth}
+    lists = {n: v for n, v in lists.items() if len(set(v)) <= 4}
+    if not lists:
+        return dict.fromkeys(depths, 3 if "first_k_dense_replace" in declared else 2)
+    chosen = _every_kind(list(lists.values()))
+    kept = {name: [values[at] for at in chosen] for name, values in lists.items()}
+    return dict.fromkeys(depths, len(chosen)) | kept
+
+
+def _every_kind(lists: list[list[Any]]) -> list[int]:
+    """The first layer with each value; with the last one, where its kind comes only once."""
+    chosen = {values.index(value) for values in lists for value in values}
+    last = len(lists[0]) - 1
+    once = any([values[at] for at in chosen].count(values[last]) < 2 for values in lists)
+    return sorted(chosen | {last} if once else chosen)
+
+
+def _rope(config: PreTrainedConfig) -> Fields:
+    """Sections of positions that add up, and as much rotation as a small head has room for."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return {}
+    return {"rope_parameters": _rope_parameters(parameters)}
+
+
+def _rope_parameters(parameters: Fields) -> Fields:
+    found = {k: _rope_parameters(v) if isinstance(v, dict) else v for k, v in parameters.items()}
+    if found.get("partial_rotary_factor", 1.0) < 0.5:
+        found["partial_rotary_factor"] = 0.5
+    if "mrope_section" in found:
+        half = int(HEAD_DIM * found.get("partial_rotary_factor", 1.0)) // 2
+        found["mrope_section"] = [half // 2, half // 4, half // 4]
+    return found
+

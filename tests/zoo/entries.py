@@ -1,6 +1,7 @@
 """Every mixture-of-experts family of transformers, and how its tiny model is made."""
 
 import importlib
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,11 @@ def build(
         for buffer in _zero_buffers(model):
             buffer.add_(torch.randn_like(buffer) * 0.05)
     return model.train()
+
+
+def arguments_of(entry: Entry) -> set[str]:
+    """Of the model's forward."""
+    return set(inspect.signature(_model_class(entry).forward).parameters)
 
 
 def _zero_buffers(model: nn.Module) -> list[Tensor]:

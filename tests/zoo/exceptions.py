@@ -9,11 +9,16 @@ _GEMMA4_TEXT: Fields = {  # by default it has no experts
     "num_experts": 8,
     "top_k_experts": 2,
     "moe_intermediate_size": 16,
+    "global_head_dim": 32,  # no field: only an argument
 }
 _QWEN3_VISION: Fields = {"deepstack_visual_indexes": [0]}  # layers of the tower
-_DSA: Fields = {"index_head_dim": 16}  # it holds the rotated part beside another
 
 EXCEPTIONS: dict[str, Fields] = {
+    "axk2": {"n_group": 2, "topk_group": 1},  # by default it chooses among all experts
+    "cohere2_moe": {"num_shared_experts": 1},  # by default it has none
+    "dbrx": {  # fields that the model needs and the defaults leave out
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+    },
     "deepseek_ocr2": {
         "text_config": {  # by default it names no kinds of layers and no top-k
             "num_hidden_layers": 3,
@@ -22,7 +27,12 @@ EXCEPTIONS: dict[str, Fields] = {
             "n_group": 2,
             "topk_group": 1,
             "topk_method": "group_limited_greedy",
-        }
+        },
+        "vision_config": {"sam_config": {"downsample_channels": [16, 32], "global_attn_indexes": [1]}},
+    },
+    # The compressed tokens of 10 tokens.
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
     },
     # The defaults give no top-k, and choose among all experts.
     "deepseek_v2": {
@@ -39,14 +49,78 @@ EXCEPTIONS: dict[str, Fields] = {
     },
     "gemma4_text": _GEMMA4_TEXT,
     "gemma4": {"text_config": _GEMMA4_TEXT},
-    "diffusion_gemma": {"text_config": _GEMMA4_TEXT},
+    "diffusion_gemma": {
+        "text_config": _GEMMA4_TEXT,
+        "vision_config": {"model_type": "gemma4_vision"},  # none by default, and no model without
+    },
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 8]}},  # of text, of images
     "glm5_next": {"text_config": {"index_kpool": 2}},  # divides the indexer's top-k
+    "granitemoe_swa": {"shared_intermediate_size": 16},  # by default it has no shared expert
+    "granitemoeshared": {"shared_intermediate_size": 16},  # the same
     "hunyuan_v1_moe": {"head_dim": 8},  # by default it has none
+    "inkling_mm_model": {"vision_config": {"patch_size": 2, "num_hidden_layers": 3}},  # a layer a factor
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 3, "num_hidden_layers": 4},
-    "laguna": {"num_attention_heads_per_layer": None},  # those of full-size layers
+    "laguna": {
+        "num_attention_heads_per_layer": None,  # those of full-size layers
+        "moe_router_logit_softcapping": 5.0,  # off by default
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "longcat_flash": {"zero_expert_num": 4, "num_hidden_layers": 4},  # two attentions a layer
+    "minimax_m3_vl": {
+        "text_config": {  # by default every layer has experts and full attention
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rotary_dim": 8,
+            "index_head_dim": 16,
+            "index_block_size": 4,
+            "index_topk_blocks": 2,
+        }
+    },
+    "nemotron_h": {  # the default has one layer of experts
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+        "num_hidden_layers": 5,
+    },
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},  # one of two layers
+    "openai_privacy_filter": {"num_labels": 128},
     "qwen3_omni_moe_thinker": {"vision_config": _QWEN3_VISION},
+    "qwen3_omni_moe_talker": {  # fields that the model reads and the configuration has not
+        "vocab_size": 128,
+        "spatial_merge_size": 2,
+        "text_config": {"shared_expert_intermediate_size": 16},
+    },
     "qwen3_vl_moe": {"vision_config": _QWEN3_VISION},
-    "switch_transformers": {"decoder_start_token_id": 0},  # by default it has none
+    "qwen4_exp": {
+        "text_config": {  # the indexer and the n-gram embedding are off by default
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 4,
+            "indexer_compress_ratio": 2,
+            "ple_layer_ids": [1],
+            "heads_per_ngram": 2,
+            "ngram_vocab_size_base": 64,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 1,
+            "eos_token_id": 2,
+        }
+    },
+    "step3p7": {
+        "text_config": {  # by default every layer has full attention and no limit
+            "num_hidden_layers": 3,
+            "rope_parameters": None,  # made from the types of the layers
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "sliding_window": 6,
+            "swiglu_limits": [None, None, 7.0],
+            "swiglu_limits_shared": [None, None, 7.0],
+        }
+    },
+    "switch_transformers": {
+        "decoder_start_token_id": 0,  # by default it has none
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
+    "vitpose_backbone": {"image_size": [32, 32], "num_experts": 4, "part_features": 8},
     "zaya": {"num_experts_per_tok": 1},  # the only top-k that it takes
 }

@@ -6,18 +6,69 @@ import torch
 from torch import Tensor
 
 from tests.pairs import token_ids
-from tests.zoo.entries import Entry
-from tests.zoo.shrink import FIRST_SPECIAL_ID
+from tests.zoo.entries import Entry, arguments_of, config_of
+from tests.zoo.shrink import FIRST_SPECIAL_ID, HIDDEN
+
+Call = dict[str, Any]
 
 
-def call_of(entry: Entry, batch: int = 2, length: int = 10, seed: int = 0) -> dict[str, Any]:
+def call_of(entry: Entry, batch: int = 2, length: int = 10, seed: int = 0) -> Call:
     """Keyword arguments of a forward in training."""
+    makers = {"vitpose_backbone": _images, "qwen3_omni_moe_talker": _embeddings}
+    call = makers.get(entry.name, _text)(batch, length, seed)
+    if "image_grid_thw" in arguments_of(entry) and "input_ids" in call:
+        call |= _with_images(config_of(entry), call["input_ids"], seed)
+    if "moe_mm_token_type_ids" in arguments_of(entry):
+        call["moe_mm_token_type_ids"] = call["mm_token_type_ids"]
+    if entry.name == "kimi_k25":  # its tower takes the patches as images
+        call["pixel_values"] = call["pixel_values"].unflatten(1, (3, 4, 4))
+    return call
+
+
+def loss_of(output: Any) -> Tensor:
+    """The model's own loss; for one without, the mean square of what it gives."""
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    if getattr(output, "logits", None) is not None:
+        return output.logits.square().mean()
+    return torch.stack([feature.square().mean() for feature in output.feature_maps]).sum()
+
+
+def _text(batch: int, length: int, seed: int) -> Call:
     ids = token_ids(batch, length, seed) % (FIRST_SPECIAL_ID - 3) + 3
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def loss_of(output: Any) -> Tensor:
-    """The model's own loss; for one without, the sum of squares of what it gives."""
-    if getattr(output, "loss", None) is not None:
-        return output.loss
-    return torch.stack([feature.square().mean() for feature in output.feature_maps]).sum()
+def _embeddings(batch: int, length: int, seed: int) -> Call:
+    """For a decoder that gets the hidden states of another model."""
+    call = _text(batch, length, seed)
+    del call["input_ids"]
+    states = torch.randn(batch, length, HIDDEN, generator=_generator(seed))
+    positions = torch.arange(length).expand(3, batch, length)
+    return call | {"inputs_embeds": states, "position_ids": positions}
+
+
+def _images(batch: int, _: int, seed: int) -> Call:
+    """An image and the index of its dataset, which chooses the expert."""
+    pixels = torch.randn(batch, 3, 32, 32, generator=_generator(seed))
+    return {"pixel_values": pixels, "dataset_index": torch.arange(batch) % 4}
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _with_images(config: Any, ids: Tensor, seed: int) -> Call:
+    """One image of four tokens in every row, as the towers take it that cut patches before."""
+    image_id = getattr(config, "image_token_id", None) or config.image_token_index
+    ids = ids.clone()
+    ids[:, 1:5] = image_id
+    vision = config.vision_config
+    patch = 3 * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1)
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids == image_id, -100),
+        "mm_token_type_ids": (ids == image_id).int(),
+        "pixel_values": torch.randn(16 * len(ids), patch, generator=_generator(seed)),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * len(ids)),
+    }

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 Fields = dict[str, Any]
 
@@ -16,7 +16,13 @@ _SIZES: dict[str, int] = {
     r"vocab_size|vocab_size_per_layer_input": VOCABULARY,
     r"hidden_size|d_model|out_hidden_size|text_hidden_size|projection_dim": HIDDEN,
     r"projector_(in|out)put_dim|projector_hidden_size|projection_hidden_size|output_dim": HIDDEN,
+    r"thinker_hidden_size|vision_output_dim": HIDDEN,
+    r"merged_hidden_size": 4 * HIDDEN,
     r"hidden_size_per_layer_input|index_head_dim|d_rel|router_hidden_size": 8,
+    r"output_channels|downsample_hidden_size|n_mel_bins|num_mel_bins|mel_vocab_size": 16,
+    r"patch_size|pos_emb_(height|width)|window_size": 4,
+    r"image_size|num_position_embeddings|rel_extent": 16,
+    r"position_embedding_size": 64,
     r"(dense_|projection_)?intermediate_size(_mlp)?|ffn_hidden_size|d_ff|(en|de)coder_ffn_dim": 48,
     r"(moe_|shared_|moe_shared_expert_|shared_expert_)intermediate_size|mlp_dim": 16,
     r"expert_ffn_hidden_size|share_expert_dim|moe_latent_size": 16,
@@ -45,6 +51,7 @@ _DEPTHS = re.compile(r"num_hidden_layers|num_layers|n_layers|depth|(en|de)coder_
 _NO_CHANCE = re.compile(r".*(dropout|pdrop|jitter|layerdrop|drop_path).*")
 _KEY_VALUE_HEADS = re.compile(r"(swa_)?num_key_value_heads|kv_n_heads")
 _SPECIAL_ID = re.compile(r".*_token_(id|index)")
+_DENSE_FIRST = {"first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"}
 _TEXT_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 
 
@@ -53,19 +60,26 @@ def shrunk(config: PreTrainedConfig, changes: Fields) -> PreTrainedConfig:
 
     `changes` go last; those of a sub-configuration are a dictionary under its name.
     """
-    fields = _depth(config) | _small(config) | _special_ids(config) | _rope(config)
-    for name, sub in _sub_configs(config).items():
-        fields[name] = shrunk(sub, changes.get(name, {}))
-    own = {k: v for k, v in changes.items() if k not in fields or not _is_config(fields[k])}
-    return type(config)(**fields | own)
+    return type(config)(**_shrunk_fields(config, changes))
 
 
-def _is_config(value: Any) -> bool:
-    return isinstance(value, PreTrainedConfig)
+def _shrunk_fields(config: PreTrainedConfig, changes: Fields) -> Fields:
+    fields = _depth(config) | _small(config) | _special_ids(config) | _rope(config) | changes
+    for name, sub in _sub_configs(config, changes).items():
+        named = {"model_type": sub.model_type} if sub.model_type else {}
+        fields[name] = named | _shrunk_fields(sub, changes.get(name, {}))
+    return fields
 
 
-def _sub_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
-    return {name: value for name, value in vars(config).items() if _is_config(value)}
+def _sub_configs(config: PreTrainedConfig, changes: Fields) -> dict[str, PreTrainedConfig]:
+    """Those of the defaults, and those that `changes` name a model type for."""
+    found = {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+    named = {k: v["model_type"] for k, v in changes.items() if "model_type" in _fields(v)}
+    return found | {name: CONFIG_MAPPING[model_type]() for name, model_type in named.items()}
+
+
+def _fields(value: Any) -> Fields:
+    return value if isinstance(value, dict) else {}
 
 
 def _declared(config: PreTrainedConfig) -> Fields:
@@ -85,7 +99,14 @@ def _small(config: PreTrainedConfig) -> Fields:
             found[name] = _key_value_heads(config, value)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found |= {name: size for rule, size in _SIZES.items() if re.fullmatch(rule, name)}
+    if _same(config, "head_dim", "qk_rope_head_dim"):
+        found["head_dim"] = found["qk_rope_head_dim"]
     return found
+
+
+def _same(config: PreTrainedConfig, left: str, right: str) -> bool:
+    """Whether the defaults give both fields one positive size."""
+    return bool(vars(config).get(left)) and vars(config).get(left) == vars(config).get(right)
 
 
 def _key_value_heads(config: PreTrainedConfig, default: int | None) -> int | None:
@@ -111,7 +132,7 @@ def _depth(config: PreTrainedConfig) -> Fields:
     lists = {n: v for n, v in declared.items() if isinstance(v, list) and len(v) == depth}
     lists = {n: v for n, v in lists.items() if len(set(v)) <= 4}
     if not lists:
-        return dict.fromkeys(depths, 3 if "first_k_dense_replace" in declared else 2)
+        return dict.fromkeys(depths, 3 if _DENSE_FIRST & declared.keys() else 2)
     chosen = _every_kind(list(lists.values()))
     kept = {name: [values[at] for at in chosen] for name, values in lists.items()}
     return dict.fromkeys(depths, len(chosen)) | kept
@@ -126,19 +147,20 @@ def _every_kind(lists: list[list[Any]]) -> list[int]:
 
 
 def _rope(config: PreTrainedConfig) -> Fields:
-    """Sections of positions that add up, and as much rotation as a small head has room for."""
+    """As much rotation as a small head has room for, in sections that add up to it."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return {}
-    return {"rope_parameters": _rope_parameters(parameters)}
+    found = _partial(parameters)
+    if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        head = HEAD_DIM if vars(config).get("head_dim") else HIDDEN // HEADS
+        half = int(head * found.get("partial_rotary_factor", 1.0)) // 2
+        found["mrope_section"] = [half // 4, half // 4, half - 2 * (half // 4)]
+    return {"rope_parameters": found}
 
 
-def _rope_parameters(parameters: Fields) -> Fields:
-    found = {k: _rope_parameters(v) if isinstance(v, dict) else v for k, v in parameters.items()}
+def _partial(parameters: Fields) -> Fields:
+    found = {k: _partial(v) if isinstance(v, dict) else v for k, v in parameters.items()}
     if found.get("partial_rotary_factor", 1.0) < 0.5:
         found["partial_rotary_factor"] = 0.5
-    if "mrope_section" in found:
-        half = int(HEAD_DIM * found.get("partial_rotary_factor", 1.0)) // 2
-        found["mrope_section"] = [half // 2, half // 4, half // 4]
     return found
-

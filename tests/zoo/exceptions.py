@@ -11,6 +11,12 @@ _GEMMA4_TEXT: Fields = {  # by default it has no experts
     "moe_intermediate_size": 16,
     "global_head_dim": 32,  # no field: only an argument
 }
+_GROUPS_V2: Fields = {  # by default it has no top-k, and chooses among all experts
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "topk_method": "group_limited_greedy",
+}
 _QWEN3_VISION: Fields = {"deepstack_visual_indexes": [0]}  # layers of the tower
 
 EXCEPTIONS: dict[str, Fields] = {
@@ -20,51 +26,49 @@ EXCEPTIONS: dict[str, Fields] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
     },
     "deepseek_ocr2": {
-        "text_config": {  # by default it names no kinds of layers and no top-k
+        "text_config": _GROUPS_V2
+        | {  # by default it names no kinds of layers
             "num_hidden_layers": 3,
             "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "topk_method": "group_limited_greedy",
         },
-        "vision_config": {"sam_config": {"downsample_channels": [16, 32], "global_attn_indexes": [1]}},
+        "vision_config": {
+            "sam_config": {"downsample_channels": [16, 32], "global_attn_indexes": [1]}
+        },
     },
-    # The compressed tokens of 10 tokens.
-    "deepseek_v4": {
+    "deepseek_v2": _GROUPS_V2,
+    "deepseek_v4": {  # so short that a sequence of a test has compressed tokens
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
     },
-    # The defaults give no top-k, and choose among all experts.
-    "deepseek_v2": {
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "topk_method": "group_limited_greedy",
+    "diffusion_gemma": {
+        "text_config": _GEMMA4_TEXT,
+        "vision_config": {"model_type": "gemma4_vision"},  # none by default, and no model without
     },
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "doge": {  # by default it has no experts; 4 x 4 product keys
         "is_moe": True,
         "num_experts": 16,
         "keep_window_size": 6,
     },
-    "gemma4_text": _GEMMA4_TEXT,
-    "gemma4": {"text_config": _GEMMA4_TEXT},
-    "diffusion_gemma": {
-        "text_config": _GEMMA4_TEXT,
-        "vision_config": {"model_type": "gemma4_vision"},  # none by default, and no model without
-    },
+    # By default it has no experts.
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 8]}},  # of text, of images
+    "gemma4": {"text_config": _GEMMA4_TEXT},
+    "gemma4_text": _GEMMA4_TEXT,
     "glm5_next": {"text_config": {"index_kpool": 2}},  # divides the indexer's top-k
     "granitemoe_swa": {"shared_intermediate_size": 16},  # by default it has no shared expert
     "granitemoeshared": {"shared_intermediate_size": 16},  # the same
     "hunyuan_v1_moe": {"head_dim": 8},  # by default it has none
-    "inkling_mm_model": {"vision_config": {"patch_size": 2, "num_hidden_layers": 3}},  # a layer a factor
+    # Of its tower, every factor of a patch (2 by 2 pixels, 2 frames) is a layer.
+    "inkling_mm_model": {"vision_config": {"patch_size": 2, "num_hidden_layers": 3}},
+    # Its kinds of layers follow from periods.
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 3, "num_hidden_layers": 4},
     "laguna": {
         "num_attention_heads_per_layer": None,  # those of full-size layers
         "moe_router_logit_softcapping": 5.0,  # off by default
     },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {  # by default it names no kinds of layers
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+    },
     "longcat_flash": {"zero_expert_num": 4, "num_hidden_layers": 4},  # two attentions a layer
     "minimax_m3_vl": {
         "text_config": {  # by default every layer has experts and full attention
@@ -77,18 +81,18 @@ EXCEPTIONS: dict[str, Fields] = {
             "index_topk_blocks": 2,
         }
     },
-    "nemotron_h": {  # the default has one layer of experts
+    "nemotron_h": {  # by default it has one layer of experts
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
         "num_hidden_layers": 5,
     },
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},  # one of two layers
-    "openai_privacy_filter": {"num_labels": 128},
-    "qwen3_omni_moe_thinker": {"vision_config": _QWEN3_VISION},
+    "openai_privacy_filter": {"num_labels": 128},  # the ids of the text are its labels
     "qwen3_omni_moe_talker": {  # fields that the model reads and the configuration has not
         "vocab_size": 128,
         "spatial_merge_size": 2,
         "text_config": {"shared_expert_intermediate_size": 16},
     },
+    "qwen3_omni_moe_thinker": {"vision_config": _QWEN3_VISION},
     "qwen3_vl_moe": {"vision_config": _QWEN3_VISION},
     "qwen4_exp": {
         "text_config": {  # the indexer and the n-gram embedding are off by default

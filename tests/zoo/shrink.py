@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 Fields = dict[str, Any]
 
-HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 32, 4, 16, 128
+HIDDEN, HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 32, 4, 16, 128, 64
 FIRST_SPECIAL_ID = 104
 """Ids from here on are those of images, audio and the like; below it, text."""
 
@@ -37,7 +37,7 @@ _SIZES: dict[str, int] = {
     r"(n|num|moe_num)_shared_experts": 1,
     r"first_k_dense_replace|num_dense_layers": 1,
     r"num_nextn_predict_layers|num_mtp_layers": 0,
-    r"max_position_embeddings|max_seq_len|max_source_positions": 64,
+    r"max_position_embeddings|max_seq_len|max_source_positions": POSITIONS,
     r"sliding_window(_size)?|attention_chunk_size": 6,
     r"index_topk": 4,
     r"mamba_chunk_size|chunk_size|block_size": 8,
@@ -71,11 +71,14 @@ def _shrunk_fields(config: PreTrainedConfig, changes: Fields) -> Fields:
     return fields
 
 
+def sub_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    return {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+
+
 def _sub_configs(config: PreTrainedConfig, changes: Fields) -> dict[str, PreTrainedConfig]:
     """Those of the defaults, and those that `changes` name a model type for."""
-    found = {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
     named = {k: v["model_type"] for k, v in changes.items() if "model_type" in _fields(v)}
-    return found | {name: CONFIG_MAPPING[model_type]() for name, model_type in named.items()}
+    return sub_configs(config) | {name: CONFIG_MAPPING[kind]() for name, kind in named.items()}
 
 
 def _fields(value: Any) -> Fields:
@@ -95,25 +98,30 @@ def _small(config: PreTrainedConfig) -> Fields:
     for name, value in _declared(config).items():
         if isinstance(value, float) and _NO_CHANCE.fullmatch(name):
             found[name] = 0.0
-        elif _KEY_VALUE_HEADS.fullmatch(name):
-            found[name] = _key_value_heads(config, value)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            found |= {name: size for rule, size in _SIZES.items() if re.fullmatch(rule, name)}
+            size = _key_value_heads(config, name, value) or _size(name)
+            found |= {name: size} if size else {}
     if _same(config, "head_dim", "qk_rope_head_dim"):
         found["head_dim"] = found["qk_rope_head_dim"]
     return found
 
 
+def _size(name: str) -> int | None:
+    return next((size for rule, size in _SIZES.items() if re.fullmatch(rule, name)), None)
+
+
+def _key_value_heads(config: PreTrainedConfig, name: str, value: int) -> int | None:
+    """One, as many as there are queries, or two: what the defaults say."""
+    if not _KEY_VALUE_HEADS.fullmatch(name):
+        return None
+    if value == 1:
+        return 1
+    return HEADS if _same(config, name, "num_attention_heads") else HEADS // 2
+
+
 def _same(config: PreTrainedConfig, left: str, right: str) -> bool:
     """Whether the defaults give both fields one positive size."""
     return bool(vars(config).get(left)) and vars(config).get(left) == vars(config).get(right)
-
-
-def _key_value_heads(config: PreTrainedConfig, default: int | None) -> int | None:
-    """As many as there are queries, one, or two: what the defaults say."""
-    if default is None or default == 1:
-        return default
-    return HEADS if default == getattr(config, "num_attention_heads", None) else HEADS // 2
 
 
 def _special_ids(config: PreTrainedConfig) -> Fields:
@@ -161,6 +169,8 @@ def _rope(config: PreTrainedConfig) -> Fields:
 
 def _partial(parameters: Fields) -> Fields:
     found = {k: _partial(v) if isinstance(v, dict) else v for k, v in parameters.items()}
-    if found.get("partial_rotary_factor", 1.0) < 0.5:
-        found["partial_rotary_factor"] = 0.5
+    if "partial_rotary_factor" in found:
+        found["partial_rotary_factor"] = max(0.5, parameters["partial_rotary_factor"])
+    if "original_max_position_embeddings" in found:
+        found |= {"factor": 4.0, "original_max_position_embeddings": POSITIONS // 4}
     return found

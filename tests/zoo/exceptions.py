@@ -20,6 +20,7 @@ _GROUPS_V2: Fields = {  # by default it has no top-k, and chooses among all expe
 _QWEN3_VISION: Fields = {"deepstack_visual_indexes": [0]}  # layers of the tower
 
 EXCEPTIONS: dict[str, Fields] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},  # of an image of 4 by 4 patches
     "axk2": {"n_group": 2, "topk_group": 1},  # by default it chooses among all experts
     "cohere2_moe": {"num_shared_experts": 1},  # by default it has none
     "dbrx": {  # fields that the model needs and the defaults leave out
@@ -69,6 +70,7 @@ EXCEPTIONS: dict[str, Fields] = {
         "layer_types": ["conv", "full_attention", "conv"],
         "num_hidden_layers": 3,
     },
+    "llama4": {"vision_config": {"intermediate_size": 128}},  # as wide as four pixels, shuffled
     "longcat_flash": {"zero_expert_num": 4, "num_hidden_layers": 4},  # two attentions a layer
     "minimax_m3_vl": {
         "text_config": {  # by default every layer has experts and full attention

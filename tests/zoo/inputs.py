@@ -10,18 +10,29 @@ from tests.zoo.entries import Entry, arguments_of, config_of
 from tests.zoo.shrink import FIRST_SPECIAL_ID, HIDDEN
 
 Call = dict[str, Any]
+_IMAGES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "aria": (4, (3, 16, 16)),
+    "inkling_mm_model": (1, (2, 2, 2, 3)),
+    "llama4": (4, (3, 16, 16)),
+    "step3p7": (1, (3, 16, 16)),
+}
+"""How many tokens an image gives, and its shape."""
 
 
 def call_of(entry: Entry, batch: int = 2, length: int = 10, seed: int = 0) -> Call:
-    """Keyword arguments of a forward in training."""
+    """Keyword arguments of a forward in training.
+
+    Of the models for images, three get text alone, as they allow: deepseek_ocr2 (its tower gives
+    hundreds of tokens), gemma4 and diffusion_gemma (by default they have no tower).
+    """
     makers = {"vitpose_backbone": _images, "qwen3_omni_moe_talker": _embeddings}
     call = makers.get(entry.name, _text)(batch, length, seed)
     if "image_grid_thw" in arguments_of(entry) and "input_ids" in call:
-        call |= _with_images(config_of(entry), call["input_ids"], seed)
+        call |= _with_patches(entry, call["input_ids"], seed)
+    elif entry.name in _IMAGES:
+        call |= _with_image(entry, call["input_ids"], seed)
     if "moe_mm_token_type_ids" in arguments_of(entry):
         call["moe_mm_token_type_ids"] = call["mm_token_type_ids"]
-    if entry.name == "kimi_k25":  # its tower takes the patches as images
-        call["pixel_values"] = call["pixel_values"].unflatten(1, (3, 4, 4))
     return call
 
 
@@ -58,17 +69,32 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _with_images(config: Any, ids: Tensor, seed: int) -> Call:
-    """One image of four tokens in every row, as the towers take it that cut patches before."""
-    image_id = getattr(config, "image_token_id", None) or config.image_token_index
-    ids = ids.clone()
-    ids[:, 1:5] = image_id
-    vision = config.vision_config
-    patch = 3 * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1)
-    return {
-        "input_ids": ids,
-        "labels": ids.masked_fill(ids == image_id, -100),
-        "mm_token_type_ids": (ids == image_id).int(),
-        "pixel_values": torch.randn(16 * len(ids), patch, generator=_generator(seed)),
+def _with_patches(entry: Entry, ids: Tensor, seed: int) -> Call:
+    """One image in every row, as the towers take it that cut patches before."""
+    vision = config_of(entry).vision_config
+    patch = (3, vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1))
+    pixels = torch.randn(16 * len(ids), *patch, generator=_generator(seed))
+    as_images = entry.name == "kimi_k25"
+    return _with_tokens(entry, ids, 4) | {
+        "pixel_values": pixels.unflatten(2, (4, 4)) if as_images else pixels.flatten(1),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * len(ids)),
     }
+
+
+def _with_image(entry: Entry, ids: Tensor, seed: int) -> Call:
+    """One image in every row."""
+    tokens, shape = _IMAGES[entry.name]
+    pixels = torch.randn(len(ids), *shape, generator=_generator(seed))
+    call = _with_tokens(entry, ids, tokens) | {"pixel_values": pixels}
+    del call["mm_token_type_ids"]
+    return call
+
+
+def _with_tokens(entry: Entry, ids: Tensor, tokens: int) -> Call:
+    """The ids with tokens of an image in every row."""
+    config: Any = config_of(entry)
+    image_id = getattr(config, "image_token_id", None) or config.image_token_index
+    ids = ids.clone()
+    ids[:, 1 : 1 + tokens] = image_id
+    labels = ids.masked_fill(ids == image_id, -100)
+    return {"input_ids": ids, "labels": labels, "mm_token_type_ids": (ids == image_id).int()}

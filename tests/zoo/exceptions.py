@@ -41,6 +41,7 @@ EXCEPTIONS: dict[str, Fields] = {
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
     },
     "diffusion_gemma": {
+        "canvas_length": 8,
         "text_config": _GEMMA4_TEXT,
         "vision_config": {"model_type": "gemma4_vision"},  # none by default, and no model without
     },
@@ -56,6 +57,9 @@ EXCEPTIONS: dict[str, Fields] = {
     "gemma4_text": _GEMMA4_TEXT,
     "glm5_next": {"text_config": {"index_kpool": 2}},  # divides the indexer's top-k
     "granitemoe_swa": {"shared_intermediate_size": 16},  # by default it has no shared expert
+    "granitemoehybrid": {  # by default it has no attention
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "granitemoeshared": {"shared_intermediate_size": 16},  # the same
     "hunyuan_v1_moe": {"head_dim": 8},  # by default it has none
     # Of its tower, every factor of a patch (2 by 2 pixels, 2 frames) is a layer.
@@ -63,7 +67,8 @@ EXCEPTIONS: dict[str, Fields] = {
     # Its kinds of layers follow from periods.
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 3, "num_hidden_layers": 4},
     "laguna": {
-        "num_attention_heads_per_layer": None,  # those of full-size layers
+        "num_attention_heads_per_layer": [4, 8, 4],  # the defaults are those of full-size layers
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "moe_router_logit_softcapping": 5.0,  # off by default
     },
     "lfm2_moe": {  # by default it names no kinds of layers
@@ -72,6 +77,8 @@ EXCEPTIONS: dict[str, Fields] = {
     },
     "llama4": {"vision_config": {"intermediate_size": 128}},  # as wide as four pixels, shuffled
     "longcat_flash": {"zero_expert_num": 4, "num_hidden_layers": 4},  # two attentions a layer
+    # By default it has full attention alone.
+    "mellum": {"layer_types": ["full_attention", "sliding_attention"]},
     "minimax_m3_vl": {
         "text_config": {  # by default every layer has experts and full attention
             "num_hidden_layers": 3,

@@ -25,8 +25,7 @@ def call_of(entry: Entry, batch: int = 2, length: int = 10, seed: int = 0) -> Ca
     Of the models for images, three get text alone, as they allow: deepseek_ocr2 (its tower gives
     hundreds of tokens), gemma4 and diffusion_gemma (by default they have no tower).
     """
-    makers = {"vitpose_backbone": _images, "qwen3_omni_moe_talker": _embeddings}
-    call = makers.get(entry.name, _text)(batch, length, seed)
+    call = _MAKERS.get(entry.name, _text)(batch, length, seed)
     if "image_grid_thw" in arguments_of(entry) and "input_ids" in call:
         call |= _with_patches(entry, call["input_ids"], seed)
     elif entry.name in _IMAGES:
@@ -59,6 +58,14 @@ def _embeddings(batch: int, length: int, seed: int) -> Call:
     return call | {"inputs_embeds": states, "position_ids": positions}
 
 
+def _canvas(batch: int, length: int, seed: int) -> Call:
+    """A prompt and the text to refine, random where it is not given; there is no loss."""
+    return {
+        "input_ids": _text(batch, length, seed)["input_ids"],
+        "decoder_input_ids": _text(batch, 8, seed + 1)["input_ids"],
+    }
+
+
 def _images(batch: int, _: int, seed: int) -> Call:
     """An image and the index of its dataset, which chooses the expert."""
     pixels = torch.randn(batch, 3, 32, 32, generator=_generator(seed))
@@ -67,6 +74,13 @@ def _images(batch: int, _: int, seed: int) -> Call:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+_MAKERS = {
+    "diffusion_gemma": _canvas,
+    "qwen3_omni_moe_talker": _embeddings,
+    "vitpose_backbone": _images,
+}
 
 
 def _with_patches(entry: Entry, ids: Tensor, seed: int) -> Call:

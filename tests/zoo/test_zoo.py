@@ -51,6 +51,7 @@ def test_trains(entry: Entry) -> None:
     assert torch.tensor(loss).isfinite()
     assert len(finite) == len(gradients)
     assert any(gradients[name].any() for name in gradients if "expert" in name)
+    assert loss_of(model(**call_of(entry))) == loss, "the model is not deterministic"
 
 
 @running

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 import moe_compile
 from moe_compile.report import Report
@@ -74,7 +74,7 @@ def line(row: Row) -> str:
         loss, worst, name = row["parity"]
         parts.append(f"parity: loss {loss:.1e}, gradients {worst:.1e} ({name})")
     parts += [f"refused: {reason[:REASON]}" for reason in row.get("reasons", [])]
-    parts += [f"FAILED in {row['failed'][:400]}"] if "failed" in row else []
+    parts += [f"FAILED in {' '.join(row['failed'].split())[:300]}"] if "failed" in row else []
     return "\n    ".join(parts)
 
 
@@ -101,7 +101,7 @@ def _parity(entry: Entry, model: Any) -> tuple[float, float, str]:
     return error(loss, expected), errors[worst], worst
 
 
-def _step(model: Any, call: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _step(model: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     loss = loss_of(model(**call))
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -124,7 +124,7 @@ def _in_a_process(name: str, parity: bool, timeout: float) -> Row:
 
 def _trace() -> list[str]:
     """The last frames of the exception."""
-    return traceback.format_exc().splitlines()[-12:]
+    return traceback.format_exc().splitlines()[-40:]
 
 
 def _arguments() -> argparse.Namespace:

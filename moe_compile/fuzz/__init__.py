@@ -1,0 +1,1 @@
+"""Random mixture-of-experts blocks, written as people write them, and a judge of what we make of them."""

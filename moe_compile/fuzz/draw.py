@@ -1,0 +1,155 @@
+"""Draws blocks: which choices go together."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar, get_args
+
+from moe_compile.fuzz.spec import (
+    Activation,
+    BlockSpec,
+    LookAlike,
+    Loop,
+    Router,
+    Storage,
+)
+
+T = TypeVar("T")
+
+LISTED_LOOPS: tuple[Loop, ...] = (
+    "where",
+    "hit",
+    "mask",
+    "counts",
+    "counts_numpy",
+    "split",
+    "dense_stack",
+    "dense_sum",
+    "dense_masked",
+)
+"""Loops that call one expert after the other."""
+
+ZERO_LOOPS: tuple[Loop, ...] = ("grouped_mm", "where", "dense_output", "dense_sum", "gather_bmm")
+"""Loops that can pass over picks of zero-computation experts."""
+
+_GATED: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a.endswith("_glu"))
+_LOOK_ALIKE_SHARE = 0.08
+
+
+def draw(seed: int) -> BlockSpec:
+    """The block of a seed."""
+    rng = random.Random(seed)
+    spec = _routed(rng, _sized(rng, seed))
+    spec = _stored(rng, spec)
+    spec = _looped(rng, spec)
+    spec = _surrounded(rng, spec)
+    return _disguised(rng, spec) if rng.random() < _LOOK_ALIKE_SHARE else spec
+
+
+def _sized(rng: random.Random, seed: int) -> BlockSpec:
+    return BlockSpec(
+        seed=seed,
+        experts=rng.choice([4, 6, 8]),
+        top_k=rng.choice([1, 2, 2, 2, 3]),
+        hidden=rng.choice([8, 16]),
+        width=rng.choice([8, 16, 24]),
+    )
+
+
+def _routed(rng: random.Random, spec: BlockSpec) -> BlockSpec:
+    router: Router = rng.choice(get_args(Router))
+    spec = replace(
+        spec,
+        router=router,
+        router_module=_often(rng),
+        router_linear=_half(rng),
+        router_bias=_seldom(rng),
+        router_float32=_half(rng),
+        normalized=router not in ("topk_softmax", "scatter_sigmoid", "p_norm") and _half(rng),
+        scaling=rng.choice([1.0, 1.0, 2.5]),
+        weights_early=_half(rng),
+    )
+    if router == "argmax":
+        return replace(spec, top_k=1, normalized=False)
+    if router in ("groups_top2", "groups_max"):
+        fill = rng.choice(("0.0", '-float("inf")'))
+        return replace(spec, experts=8, groups=rng.choice([2, 4]), group_fill=fill)
+    return spec
+
+
+def _stored(rng: random.Random, spec: BlockSpec) -> BlockSpec:
+    storage: Storage = rng.choice([*get_args(Storage), "module_list", "stacked"])
+    gated = storage.startswith("interleaved") or storage == "flat" or _often(rng)
+    activations = _GATED if gated else tuple(a for a in get_args(Activation) if a not in _GATED)
+    activation: Activation = rng.choice(activations)
+    fused = storage in ("module_list", "module_dict") and gated and _seldom(rng)
+    halves = gated and (fused or storage.startswith("stacked"))
+    return replace(
+        spec,
+        storage=storage,
+        activation=activation,
+        fused=fused,
+        bias=storage != "flat" and _seldom(rng),
+        swapped=halves and _seldom(rng),
+        sliced=halves and _half(rng),
+        experts_module=_often(rng),
+    )
+
+
+def _looped(rng: random.Random, spec: BlockSpec) -> BlockSpec:
+    loops: Sequence[Loop] = LISTED_LOOPS if spec.listed else get_args(Loop)
+    loop = rng.choice(loops)
+    spec = replace(
+        spec,
+        loop=loop,
+        in_place=_half(rng),
+        skip_empty=_half(rng),
+        combine=rng.choice(("inverse", "argsort", "index_add")),
+        one_hot=_half(rng),
+    )
+    # An expert without tokens would still add its biases.
+    return replace(spec, bias=False) if loop == "dense_input" else spec
+
+
+def _surrounded(rng: random.Random, spec: BlockSpec) -> BlockSpec:
+    zero = spec.loop in ZERO_LOOPS and spec.groups == 1 and rng.random() < 0.05
+    return replace(
+        spec,
+        shared=rng.choice(("none", "none", "plain", "gated")),
+        scale_after=rng.choice([1.0, 1.0, 1.0, 0.5]),
+        norm_before=_seldom(rng),
+        residual=_seldom(rng),
+        latent=spec.hidden == 16 and rng.random() < 0.1,
+        expert_norm=spec.loop != "dense_input" and rng.random() < 0.02,
+        zero_experts=2 if zero else 0,
+        logits_out=_half(rng),
+    )
+
+
+def _disguised(rng: random.Random, spec: BlockSpec) -> BlockSpec:
+    """A block that only looks like a mixture of experts, in a loop that can say so."""
+    look_alike: LookAlike = rng.choice([a for a in get_args(LookAlike) if a != "none"])
+    spec = replace(spec, look_alike=look_alike, zero_experts=0, expert_norm=False)
+    if look_alike in ("expert_choice", "capacity"):
+        return replace(spec, loop="where", skip_empty=False)
+    if look_alike == "unpicked_bias":
+        storage = "stacked" if spec.listed or spec.storage == "flat" else spec.storage
+        return replace(spec, storage=storage, loop="dense_input", bias=True, fused=False)
+    if look_alike in ("mean_subtracted", "softmax_over_tokens"):
+        loops = [one for one in LISTED_LOOPS if one not in ("split",)]
+        return replace(spec, loop=spec.loop if spec.loop == "grouped_mm" else rng.choice(loops))
+    if look_alike in ("product", "maximum"):
+        return replace(spec, loop=rng.choice(("mask", "counts", "dense_stack")), combine="inverse")
+    return replace(spec, loop=rng.choice(("where", "hit")), top_k=max(spec.top_k, 2))
+
+
+def _half(rng: random.Random) -> bool:
+    return rng.random() < 0.5
+
+
+def _often(rng: random.Random) -> bool:
+    return rng.random() < 0.7
+
+
+def _seldom(rng: random.Random) -> bool:
+    return rng.random() < 0.25

@@ -1,0 +1,182 @@
+"""What a random block is made of: every choice that its source depends on."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Router = Literal[
+    "softmax_topk",
+    "topk_softmax",
+    "sigmoid",
+    "sigmoid_bias",
+    "softmax_bias",
+    "sqrt_softplus_bias",
+    "groups_top2",
+    "groups_max",
+    "argmax",
+    "p_norm",
+    "scatter_sigmoid",
+]
+Storage = Literal[
+    "stacked",
+    "stacked_transposed",
+    "interleaved",
+    "interleaved_transposed",
+    "separate",
+    "separate_transposed",
+    "flat",
+    "module_list",
+    "module_dict",
+]
+Activation = Literal[
+    "silu_glu",
+    "gelu_glu",
+    "gelu_tanh_glu",
+    "relu_glu",
+    "tanh_glu",
+    "clamped_silu_glu",
+    "alpha_glu",
+    "relu",
+    "relu_squared",
+    "silu",
+    "gelu",
+    "tanh",
+]
+Loop = Literal[
+    "grouped_mm",
+    "where",
+    "hit",
+    "mask",
+    "counts",
+    "counts_numpy",
+    "split",
+    "dense_output",
+    "dense_input",
+    "dense_stack",
+    "dense_sum",
+    "dense_masked",
+    "gather_einsum",
+    "gather_bmm",
+]
+LookAlike = Literal[
+    "none",
+    "expert_choice",
+    "capacity",
+    "mean_subtracted",
+    "softmax_over_tokens",
+    "product",
+    "maximum",
+    "overwritten",
+    "sequential",
+    "scaled_by_number",
+    "neighbour",
+    "shared_pairs",
+    "skipped",
+    "unpicked_bias",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """One block, from which its source follows.
+
+    Attributes:
+        seed: what it was drawn from.
+        experts, top_k, hidden, width: E, K, H and I.
+        groups: of experts, where the router picks groups first; half of them are picked.
+        router: how ids and weights follow from the logits.
+        router_module: the router is a module of its own, not lines of the block.
+        router_linear: its projection is an `nn.Linear`, not a parameter.
+        router_bias: the projection has a bias.
+        router_float32: logits are computed in float32.
+        group_fill: what the scores of groups that were not picked become.
+        normalized: weights sum to one.
+        scaling: a factor of the routing weights.
+        storage: how the experts' parameters are stored.
+        bias: the experts have biases.
+        activation: of the experts.
+        swapped: the second half of the up projection is the gate.
+        sliced: halves are taken by slices, not by `chunk`.
+        fused: an expert of a list has one up projection for gate and up.
+        experts_module: the experts are a module of their own, not parameters of the block.
+        loop: how tokens meet their experts.
+        in_place: sums and weights by in-place operations.
+        skip_empty: the loop passes over experts that no token picked.
+        combine: how sorted rows come back to their tokens.
+        one_hot: a dense routing matrix is made by `one_hot`, not by `scatter`.
+        weights_early: weights have the tokens' dtype before the experts.
+        shared: a shared expert beside the routed ones.
+        scale_after: a factor of the experts' output.
+        norm_before, residual, latent, expert_norm: parts around and after the experts.
+        zero_experts: how many experts are the identity.
+        logits_out: the block returns its logits, too.
+        look_alike: what makes it no mixture of experts, or "none".
+    """
+
+    seed: int
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    groups: int = 1
+    router: Router = "softmax_topk"
+    router_module: bool = True
+    router_linear: bool = False
+    router_bias: bool = False
+    router_float32: bool = True
+    group_fill: Literal["0.0", '-float("inf")'] = "0.0"
+    normalized: bool = False
+    scaling: float = 1.0
+    storage: Storage = "stacked"
+    bias: bool = False
+    activation: Activation = "silu_glu"
+    swapped: bool = False
+    sliced: bool = False
+    fused: bool = False
+    experts_module: bool = True
+    loop: Loop = "grouped_mm"
+    in_place: bool = False
+    skip_empty: bool = False
+    combine: Literal["inverse", "argsort", "index_add"] = "inverse"
+    one_hot: bool = False
+    weights_early: bool = True
+    shared: Literal["none", "plain", "gated"] = "none"
+    scale_after: float = 1.0
+    norm_before: bool = False
+    residual: bool = False
+    latent: bool = False
+    expert_norm: bool = False
+    zero_experts: int = 0
+    logits_out: bool = False
+    look_alike: LookAlike = "none"
+
+    @property
+    def gated(self) -> bool:
+        """The activation is of two halves."""
+        return self.activation.endswith("_glu")
+
+    @property
+    def listed(self) -> bool:
+        """Each expert is a module."""
+        return self.storage in ("module_list", "module_dict")
+
+    @property
+    def inner(self) -> int:
+        """The width of the tokens that the experts see."""
+        return self.hidden // 2 if self.latent else self.hidden
+
+    def __str__(self) -> str:
+        """Every choice that differs from the default."""
+        named = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        return ", ".join(f"{name}={value}" for name, value, default in named if value != default)
+
+
+def unsupported(spec: BlockSpec) -> str | None:
+    """Why the canonical experts cannot say what the block computes; None where they can.
+
+    These blocks must be refused, or be right; they do not count towards the share of proofs.
+    """
+    if spec.look_alike != "none":
+        return f"a look-alike: {spec.look_alike}"
+    if spec.expert_norm:
+        return "every expert has a norm of its own after its down projection"
+    return None

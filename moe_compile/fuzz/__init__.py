@@ -1,1 +1,1 @@
-"""Random mixture-of-experts blocks, written as people write them, and a judge of what we make of them."""
+"""Random mixture-of-experts blocks as people write them, and a judge of `optimize` on them."""

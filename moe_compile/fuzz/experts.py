@@ -31,7 +31,6 @@ _WHOLE = {
 _NORM = "rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)"
 
 
-
 def stacked_lines(spec: BlockSpec, place: Place, x: str) -> list[str]:
     """From `x` to `rows`, with the parameters of stacks."""
     ups, down = weights(spec)

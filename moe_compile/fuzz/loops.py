@@ -226,7 +226,7 @@ def _dense_masked(spec: BlockSpec) -> list[str]:
 
 
 def _gather_einsum(spec: BlockSpec) -> list[str]:
-    summed = '(rows * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)'
+    summed = "(rows * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)"
     if spec.one_hot:
         summed = 'torch.einsum("tko,tk->to", rows, weights.to(rows.dtype))'
     return [*stacked_lines(spec, Place("einsum", "ids"), "x"), f"out = {summed}"]

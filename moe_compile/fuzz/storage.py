@@ -37,7 +37,9 @@ class Place:
 
     def slice(self, name: str) -> str:
         """The rows of a per-expert vector that belong to the products' rows."""
-        return f"self.{name}.unsqueeze(1)" if self.kind == "batched" else f"self.{name}[{self.index}]"
+        return (
+            f"self.{name}.unsqueeze(1)" if self.kind == "batched" else f"self.{name}[{self.index}]"
+        )
 
     def product(self, weight: Weight, x: str, *, first: bool) -> str:
         """The expression of the projection of `x`."""
@@ -65,7 +67,9 @@ def _grouped(weight: Weight, x: str, index: str, first: bool) -> str:
 
 def _einsum(weight: Weight, x: str, index: str, first: bool) -> str:
     matrix = "tkoi" if weight.out_first else "tkio"
-    return f'torch.einsum("{"ti" if first else "tki"},{matrix}->tko", {x}, {weight.stack()}[{index}])'
+    return (
+        f'torch.einsum("{"ti" if first else "tki"},{matrix}->tko", {x}, {weight.stack()}[{index}])'
+    )
 
 
 def _bmm(weight: Weight, x: str, index: str, first: bool) -> str:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -73,9 +73,9 @@ class Tally:
     def _seconds(self) -> list[str]:
         if not self.verdicts:
             return []
-        steps = Counter[str]()
-        for verdict in self.verdicts:
-            steps.update(verdict.steps)
+        steps: dict[str, float] = defaultdict(float)
+        for name, seconds in (step for v in self.verdicts for step in v.steps.items()):
+            steps[name] += seconds
         total = sum(v.seconds for v in self.verdicts)
         steps["comparison"] = total - sum(steps.values())
         slowest = max(self.verdicts, key=lambda v: v.seconds)

@@ -33,6 +33,7 @@ ZERO_LOOPS: tuple[Loop, ...] = ("grouped_mm", "where", "dense_output", "dense_su
 """Loops that can pass over picks of zero-computation experts."""
 
 _GATED: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a.endswith("_glu"))
+_PLAIN: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a not in _GATED)
 _LOOK_ALIKE_SHARE = 0.08
 
 
@@ -65,12 +66,14 @@ def _routed(rng: random.Random, spec: BlockSpec) -> BlockSpec:
         router_linear=_half(rng),
         router_bias=_seldom(rng),
         router_float32=_half(rng),
-        normalized=router not in ("topk_softmax", "scatter_sigmoid", "p_norm") and _half(rng),
+        normalized=rng.choice(("no", "plain", "in_place", "epsilon")),
         scaling=rng.choice([1.0, 1.0, 2.5]),
         weights_early=_half(rng),
     )
-    if router == "argmax":
-        return replace(spec, top_k=1, normalized=False)
+    if router in ("argmax", "max"):
+        return replace(spec, top_k=1, normalized="no")
+    if router in ("topk_softmax", "scatter_sigmoid", "p_norm"):
+        return replace(spec, normalized="no")
     if router in ("groups_top2", "groups_max"):
         fill = rng.choice(("0.0", '-float("inf")'))
         return replace(spec, experts=8, groups=rng.choice([2, 4]), group_fill=fill)
@@ -80,14 +83,14 @@ def _routed(rng: random.Random, spec: BlockSpec) -> BlockSpec:
 def _stored(rng: random.Random, spec: BlockSpec) -> BlockSpec:
     storage: Storage = rng.choice([*get_args(Storage), "module_list", "stacked"])
     gated = storage.startswith("interleaved") or storage == "flat" or _often(rng)
-    activations = _GATED if gated else tuple(a for a in get_args(Activation) if a not in _GATED)
-    activation: Activation = rng.choice(activations)
+    activation = rng.choice(_GATED if gated else _PLAIN)
     fused = storage in ("module_list", "module_dict") and gated and _seldom(rng)
     halves = gated and (fused or storage.startswith("stacked"))
     return replace(
         spec,
         storage=storage,
         activation=activation,
+        activation_module=_half(rng),
         fused=fused,
         bias=storage != "flat" and _seldom(rng),
         swapped=halves and _seldom(rng),
@@ -102,10 +105,12 @@ def _looped(rng: random.Random, spec: BlockSpec) -> BlockSpec:
     spec = replace(
         spec,
         loop=loop,
-        in_place=_half(rng),
         skip_empty=_half(rng),
-        combine=rng.choice(("inverse", "argsort", "index_add")),
-        one_hot=_half(rng),
+        accumulate=rng.choice(("index_add", "index_add_", "setitem")),
+        combine=rng.choice(("inverse", "scattered", "argsort", "index_add")),
+        routing=rng.choice(("scatter", "scatter_", "one_hot")),
+        contracted=_half(rng),
+        repeated=_half(rng),
     )
     # An expert without tokens would still add its biases.
     return replace(spec, bias=False) if loop == "dense_input" else spec

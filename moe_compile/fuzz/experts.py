@@ -4,30 +4,16 @@ from moe_compile.fuzz.code import method, module_class
 from moe_compile.fuzz.spec import BlockSpec
 from moe_compile.fuzz.storage import Place, weights
 
-_HALVES = {
-    "silu_glu": ["hidden = F.silu(gate) * up"],
-    "gelu_glu": ["hidden = F.gelu(gate) * up"],
-    "gelu_tanh_glu": ['hidden = F.gelu(gate, approximate="tanh") * up'],
-    "relu_glu": ["hidden = F.relu(gate) * up"],
-    "tanh_glu": ["hidden = torch.tanh(gate) * up"],
-    "clamped_silu_glu": [
-        "gate = gate.clamp(max=0.7)",
-        "up = up.clamp(min=-0.7, max=0.7)",
-        "hidden = F.silu(gate) * up",
-    ],
-    "alpha_glu": [
-        "gate = gate.clamp(min=None, max=0.7)",
-        "up = up.clamp(min=-0.7, max=0.7)",
-        "hidden = (up + 1) * (gate * torch.sigmoid(gate * 1.702))",
-    ],
+_FUNCTIONS = {
+    "silu": ("F.silu({})", "nn.SiLU()"),
+    "gelu": ("F.gelu({})", "nn.GELU()"),
+    "gelu_tanh": ('F.gelu({}, approximate="tanh")', 'nn.GELU(approximate="tanh")'),
+    "relu": ("F.relu({})", "nn.ReLU()"),
+    "tanh": ("torch.tanh({})", "nn.Tanh()"),
 }
-_WHOLE = {
-    "relu": "hidden = F.relu(projected)",
-    "relu_squared": "hidden = F.relu(projected).square()",
-    "silu": "hidden = F.silu(projected)",
-    "gelu": "hidden = F.gelu(projected)",
-    "tanh": "hidden = torch.tanh(projected)",
-}
+"""Activations as expressions and as modules."""
+
+_CLAMP = ["gate = gate.clamp(max=0.7)", "up = up.clamp(min=-0.7, max=0.7)"]
 _NORM = "rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)"
 
 
@@ -50,6 +36,7 @@ def expert_class(spec: BlockSpec, name: str, width: int, *, fused: bool = False)
     ups, size = (["gate_up_proj"], 2 * width) if fused else (ups, width)
     state = [f"self.{up} = nn.Linear({inner}, {size}, {bias})" for up in ups]
     state.append(f"self.down_proj = nn.Linear({width}, {inner}, {bias})")
+    state += activation_state(spec)
     body = _activated(spec, [f"self.{up}(x)" for up in ups])
     if not spec.expert_norm:
         body.append("return self.down_proj(hidden)")
@@ -70,10 +57,34 @@ def _activated(spec: BlockSpec, products: list[str]) -> list[str]:
     if spec.look_alike == "mean_subtracted":
         name = "gate" if spec.gated else "projected"
         lines.append(f"{name} = {name} - {name}.mean(dim=0, keepdim=True)")
-    lines += _HALVES[spec.activation] if spec.gated else [_WHOLE[spec.activation]]
+    lines += _hidden(spec)
     if spec.look_alike == "softmax_over_tokens":
         lines.append("hidden = hidden * F.softmax(hidden, dim=0)")
     return lines
+
+
+def activation_state(spec: BlockSpec) -> list[str]:
+    """The constructor's line of the activation, where it is a module."""
+    if not spec.activation_module or _function(spec) not in _FUNCTIONS:
+        return []
+    return [f"self.act_fn = {_FUNCTIONS[_function(spec)][1]}"]
+
+
+def _function(spec: BlockSpec) -> str:
+    return spec.activation.removesuffix("_glu").removeprefix("clamped_")
+
+
+def _hidden(spec: BlockSpec) -> list[str]:
+    """From `gate` and `up`, or from `projected`, to `hidden`."""
+    if spec.activation == "alpha_glu":
+        return [*_CLAMP, "hidden = (up + 1) * (gate * torch.sigmoid(gate * 1.702))"]
+    if spec.activation == "relu_squared":
+        return ["hidden = F.relu(projected).square()"]
+    call = "self.act_fn({})" if spec.activation_module else _FUNCTIONS[_function(spec)][0]
+    if not spec.gated:
+        return [f"hidden = {call.format('projected')}"]
+    clamp = _CLAMP if spec.activation.startswith("clamped") else []
+    return [*clamp, f"hidden = {call.format('gate')} * up"]
 
 
 def _halves(spec: BlockSpec) -> str:

@@ -4,6 +4,11 @@ from moe_compile.fuzz.spec import BlockSpec
 
 _SIGMOID = ("sigmoid", "sigmoid_bias", "groups_top2", "groups_max")
 _CORRECTED = ("sigmoid_bias", "softmax_bias", "sqrt_softplus_bias", "groups_top2")
+_NORMALIZED = {
+    "plain": "weights = weights / weights.sum(dim=-1, keepdim=True)",
+    "in_place": "weights /= weights.sum(dim=-1, keepdim=True)",
+    "epsilon": "weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)",
+}
 
 
 def router_state(spec: BlockSpec) -> list[str]:
@@ -26,10 +31,8 @@ def router_lines(spec: BlockSpec) -> list[str]:
     lines = [_logits(spec), *_picks(spec)]
     if spec.router == "p_norm":
         lines.append("weights = weights / torch.norm(weights, p=2, dim=-1, keepdim=True)")
-    if spec.normalized and spec.in_place:
-        lines.append("weights /= weights.sum(dim=-1, keepdim=True)")
-    elif spec.normalized:
-        lines.append("weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)")
+    if spec.normalized != "no":
+        lines.append(_NORMALIZED[spec.normalized])
     if spec.scaling != 1.0:
         lines.append(f"weights = weights * {spec.scaling}")
     if spec.weights_early:
@@ -62,8 +65,11 @@ def _picks(spec: BlockSpec) -> list[str]:
             "weights = torch.sigmoid(scores).gather(1, ids)",
         ]
     lines = [_scores(spec)]
+    if spec.router == "max":
+        return [*lines, "weights, ids = torch.max(scores, dim=-1, keepdim=True)"]
     if spec.router == "argmax":
-        return [*lines, *_argmax(spec)]
+        lines.append("ids = torch.argmax(scores, dim=-1, keepdim=True)")
+        return [*lines, "weights = scores.gather(1, ids)"]
     if spec.router in ("softmax_topk", "sigmoid", "p_norm"):
         return [*lines, f"weights, ids = torch.topk(scores, {k}, dim=-1)"]
     lines += _choice(spec)
@@ -78,15 +84,6 @@ def _scores(spec: BlockSpec) -> str:
         return "scores = F.softplus(logits).sqrt()"
     dtype = ", dtype=torch.float32" if spec.router_float32 else ""
     return f"scores = F.softmax(logits, dim=-1{dtype})"
-
-
-def _argmax(spec: BlockSpec) -> list[str]:
-    if spec.one_hot:
-        return [
-            "ids = torch.argmax(scores, dim=-1, keepdim=True)",
-            "weights = scores.gather(1, ids)",
-        ]
-    return ["weights, ids = torch.max(scores, dim=-1, keepdim=True)"]
 
 
 def _choice(spec: BlockSpec) -> list[str]:

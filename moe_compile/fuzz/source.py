@@ -1,8 +1,9 @@
 """Writes the whole source of a block."""
 
+from moe_compile.fuzz.calls import expert_lines
 from moe_compile.fuzz.code import method, module_class
-from moe_compile.fuzz.experts import expert_class
-from moe_compile.fuzz.loops import expert_lines, loop_lines
+from moe_compile.fuzz.experts import activation_state, expert_class
+from moe_compile.fuzz.loops import loop_lines
 from moe_compile.fuzz.routers import router_lines, router_state
 from moe_compile.fuzz.spec import BlockSpec
 from moe_compile.fuzz.storage import stacked_state
@@ -66,7 +67,7 @@ def _experts_state(spec: BlockSpec) -> list[str]:
     if spec.storage == "module_dict":
         made = f'{{f"expert_{{i}}": ExpertMLP() for i in range({spec.experts})}}'
         return [*number, f"self.experts = nn.ModuleDict({made})"]
-    return [*number, *stacked_state(spec)]
+    return [*number, *stacked_state(spec), *activation_state(spec)]
 
 
 def _loop(spec: BlockSpec) -> list[str]:

@@ -13,6 +13,7 @@ Router = Literal[
     "groups_top2",
     "groups_max",
     "argmax",
+    "max",
     "p_norm",
     "scatter_sigmoid",
 ]
@@ -89,20 +90,23 @@ class BlockSpec:
         router_bias: the projection has a bias.
         router_float32: logits are computed in float32.
         group_fill: what the scores of groups that were not picked become.
-        normalized: weights sum to one.
+        normalized: weights are divided by their sum; in place, or beside a tiny number.
         scaling: a factor of the routing weights.
         storage: how the experts' parameters are stored.
         bias: the experts have biases.
         activation: of the experts.
+        activation_module: it is a module such as `nn.SiLU`, where there is one.
         swapped: the second half of the up projection is the gate.
         sliced: halves are taken by slices, not by `chunk`.
         fused: an expert of a list has one up projection for gate and up.
         experts_module: the experts are a module of their own, not parameters of the block.
         loop: how tokens meet their experts.
-        in_place: sums and weights by in-place operations.
         skip_empty: the loop passes over experts that no token picked.
+        accumulate: how a loop adds an expert's rows to the output.
         combine: how sorted rows come back to their tokens.
-        one_hot: a dense routing matrix is made by `one_hot`, not by `scatter`.
+        routing: how the dense routing matrix is made.
+        contracted: weighting and summing is one `einsum`.
+        repeated: tokens are repeated for every expert, not expanded.
         weights_early: weights have the tokens' dtype before the experts.
         shared: a shared expert beside the routed ones.
         scale_after: a factor of the experts' output.
@@ -124,20 +128,23 @@ class BlockSpec:
     router_bias: bool = False
     router_float32: bool = True
     group_fill: Literal["0.0", '-float("inf")'] = "0.0"
-    normalized: bool = False
+    normalized: Literal["no", "plain", "in_place", "epsilon"] = "no"
     scaling: float = 1.0
     storage: Storage = "stacked"
     bias: bool = False
     activation: Activation = "silu_glu"
+    activation_module: bool = False
     swapped: bool = False
     sliced: bool = False
     fused: bool = False
     experts_module: bool = True
     loop: Loop = "grouped_mm"
-    in_place: bool = False
     skip_empty: bool = False
-    combine: Literal["inverse", "argsort", "index_add"] = "inverse"
-    one_hot: bool = False
+    accumulate: Literal["index_add", "index_add_", "setitem"] = "index_add"
+    combine: Literal["inverse", "scattered", "argsort", "index_add"] = "inverse"
+    routing: Literal["scatter", "scatter_", "one_hot"] = "scatter"
+    contracted: bool = False
+    repeated: bool = False
     weights_early: bool = True
     shared: Literal["none", "plain", "gated"] = "none"
     scale_after: float = 1.0

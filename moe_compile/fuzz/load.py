@@ -1,6 +1,8 @@
 """Turns a block's source into modules that tracebacks and `inspect` can read."""
 
 import linecache
+import sys
+import types
 from typing import Any
 
 import torch
@@ -26,9 +28,11 @@ def load(spec: BlockSpec) -> Model:
     """The block with random parameters, the same at every call."""
     name, text = f"<moe block {spec.seed}>", source(spec)
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": f"moe_block_{spec.seed}"}
-    exec(compile(text, name, "exec"), namespace)
-    model = Model(namespace["MoEBlock"]())
+    module = types.ModuleType(f"moe_block_{spec.seed}")
+    module.__file__ = name
+    sys.modules[module.__name__] = module  # where `inspect` looks for a class
+    exec(compile(text, name, "exec"), vars(module))
+    model = Model(module.MoEBlock())
     _fill(model, torch.Generator().manual_seed(spec.seed))
     return model
 

@@ -11,6 +11,10 @@ def expert_lines(spec: BlockSpec, index: str, x: str) -> list[str]:
     """From `x` to `rows` by the expert of a number."""
     if spec.look_alike == "shared_pairs":
         index = f"{index} // 2"
+    if spec.look_alike == "neighbour" and spec.listed:
+        index = f"({index} + 1) % self.num_experts"
+    if spec.enumerated:
+        return [f"rows = layer({x})"]
     if spec.storage == "module_list":
         return [f"rows = self.experts[{index}]({x})"]
     if spec.storage == "module_dict":
@@ -20,6 +24,8 @@ def expert_lines(spec: BlockSpec, index: str, x: str) -> list[str]:
 
 def every_expert(spec: BlockSpec) -> str:
     """The head of a loop over all experts."""
+    if spec.enumerated:
+        return "for expert, layer in enumerate(self.experts):"
     start = "1, " if spec.look_alike == "skipped" else ""
     return f"for expert in range({start}self.num_experts):"
 

@@ -13,6 +13,12 @@ from moe_compile.fuzz.experts import stacked_lines
 from moe_compile.fuzz.spec import BlockSpec
 from moe_compile.fuzz.storage import Place
 
+_STATES = {
+    "expand": "x.unsqueeze(0).expand(self.num_experts, -1, -1)",
+    "repeat": "x.repeat(self.num_experts, 1).view(self.num_experts, -1, x.shape[-1])",
+    "broadcast": "x.unsqueeze(0)",
+}
+
 
 def _routing(spec: BlockSpec) -> list[str]:
     """The dense matrix of weights, [T, E]."""
@@ -27,16 +33,14 @@ def _routing(spec: BlockSpec) -> list[str]:
 
 def dense_output(spec: BlockSpec) -> list[str]:
     """Every expert on every token by batched products; the results are weighted."""
-    states = "x.unsqueeze(0).expand(self.num_experts, -1, -1)"
-    if spec.repeated:
-        states = "x.repeat(self.num_experts, 1).view(self.num_experts, -1, x.shape[-1])"
+    place = Place("broadcast" if spec.states == "broadcast" else "batched")
     summed = "(rows * routing.t().unsqueeze(-1)).sum(dim=0)"
     if spec.contracted:
         summed = 'torch.einsum("eth,te->th", rows, routing.to(rows.dtype))'
     return [
         *_routing(spec),
-        f"states = {states}",
-        *stacked_lines(spec, Place("batched"), "states"),
+        f"states = {_STATES[spec.states]}",
+        *stacked_lines(spec, place, "states"),
         f"out = {summed}.to(x.dtype)",
     ]
 

@@ -29,6 +29,9 @@ LISTED_LOOPS: tuple[Loop, ...] = (
 )
 """Loops that call one expert after the other."""
 
+ENUMERATED: tuple[Loop, ...] = ("where", "mask", "dense_stack", "dense_sum", "dense_masked")
+"""Loops over all experts by number, which could be over the list itself."""
+
 ZERO_LOOPS: tuple[Loop, ...] = ("grouped_mm", "where", "dense_output", "dense_sum", "gather_bmm")
 """Loops that can pass over picks of zero-computation experts."""
 
@@ -110,7 +113,8 @@ def _looped(rng: random.Random, spec: BlockSpec) -> BlockSpec:
         combine=rng.choice(("inverse", "scattered", "argsort", "index_add")),
         routing=rng.choice(("scatter", "scatter_", "one_hot")),
         contracted=_half(rng),
-        repeated=_half(rng),
+        states=rng.choice(("expand", "repeat", "broadcast")),
+        enumerated=spec.storage == "module_list" and loop in ENUMERATED and _half(rng),
     )
     # An expert without tokens would still add its biases.
     return replace(spec, bias=False) if loop == "dense_input" else spec
@@ -134,7 +138,7 @@ def _surrounded(rng: random.Random, spec: BlockSpec) -> BlockSpec:
 def _disguised(rng: random.Random, spec: BlockSpec) -> BlockSpec:
     """A block that only looks like a mixture of experts, in a loop that can say so."""
     look_alike: LookAlike = rng.choice([a for a in get_args(LookAlike) if a != "none"])
-    spec = replace(spec, look_alike=look_alike, zero_experts=0, expert_norm=False)
+    spec = replace(spec, look_alike=look_alike, zero_experts=0, enumerated=False)
     if look_alike in ("expert_choice", "capacity"):
         return replace(spec, loop="where", skip_empty=False)
     if look_alike == "unpicked_bias":

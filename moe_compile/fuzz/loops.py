@@ -44,6 +44,8 @@ def _where(spec: BlockSpec) -> list[str]:
 
 def _hit(spec: BlockSpec) -> list[str]:
     body = ["pick, token = torch.where(expert_mask[expert])", *_picked_rows(spec)]
+    if spec.skip_empty:
+        body = ["if expert == self.num_experts:", "    continue", *body]
     if spec.look_alike == "skipped":
         body = ["if expert == 0:", "    continue", *body]
     return [

@@ -101,12 +101,13 @@ class BlockSpec:
         fused: an expert of a list has one up projection for gate and up.
         experts_module: the experts are a module of their own, not parameters of the block.
         loop: how tokens meet their experts.
-        skip_empty: the loop passes over experts that no token picked.
+        skip_empty: the loop passes over experts that no token picked, or could pick.
         accumulate: how a loop adds an expert's rows to the output.
         combine: how sorted rows come back to their tokens.
         routing: how the dense routing matrix is made.
         contracted: weighting and summing is one `einsum`.
-        repeated: tokens are repeated for every expert, not expanded.
+        states: how every expert gets every token.
+        enumerated: a loop over a list of experts is over the list, not over numbers.
         weights_early: weights have the tokens' dtype before the experts.
         shared: a shared expert beside the routed ones.
         scale_after: a factor of the experts' output.
@@ -144,7 +145,8 @@ class BlockSpec:
     combine: Literal["inverse", "scattered", "argsort", "index_add"] = "inverse"
     routing: Literal["scatter", "scatter_", "one_hot"] = "scatter"
     contracted: bool = False
-    repeated: bool = False
+    states: Literal["expand", "repeat", "broadcast"] = "expand"
+    enumerated: bool = False
     weights_early: bool = True
     shared: Literal["none", "plain", "gated"] = "none"
     scale_after: float = 1.0

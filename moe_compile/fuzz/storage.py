@@ -28,7 +28,7 @@ class Place:
     """Where products happen: `one` expert, all experts `batched`, rows `grouped`, weights gathered.
 
     Attributes:
-        kind: one, batched, grouped, einsum or bmm.
+        kind: one, batched, broadcast, grouped, einsum or bmm.
         index: the expression that picks an expert's slice out of a stack.
     """
 
@@ -38,7 +38,9 @@ class Place:
     def slice(self, name: str) -> str:
         """The rows of a per-expert vector that belong to the products' rows."""
         return (
-            f"self.{name}.unsqueeze(1)" if self.kind == "batched" else f"self.{name}[{self.index}]"
+            f"self.{name}.unsqueeze(1)"
+            if self.kind in ("batched", "broadcast")
+            else f"self.{name}[{self.index}]"
         )
 
     def product(self, weight: Weight, x: str, *, first: bool) -> str:
@@ -58,6 +60,11 @@ def _batched(weight: Weight, x: str, index: str, first: bool) -> str:
     if weight.out_first:
         return f"torch.bmm({x}, {weight.stack()}.transpose(1, 2))"
     return f"torch.bmm({x}, {weight.stack()})"
+
+
+def _broadcast(weight: Weight, x: str, index: str, first: bool) -> str:
+    view = ".mT" if weight.out_first else ""
+    return f"torch.matmul({x}, {weight.stack()}{view})"
 
 
 def _grouped(weight: Weight, x: str, index: str, first: bool) -> str:
@@ -81,6 +88,7 @@ def _bmm(weight: Weight, x: str, index: str, first: bool) -> str:
 _PRODUCTS = {
     "one": _one,
     "batched": _batched,
+    "broadcast": _broadcast,
     "grouped": _grouped,
     "einsum": _einsum,
     "bmm": _bmm,

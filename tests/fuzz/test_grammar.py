@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moe_compile.fuzz.draw import draw
-from moe_compile.fuzz.judge import measure
+from moe_compile.fuzz.judge import difference, measure
 from moe_compile.fuzz.load import load
 from moe_compile.fuzz.source import source
-from moe_compile.fuzz.spec import BlockSpec, Loop, unsupported
+from moe_compile.fuzz.spec import BlockSpec, Loop, LookAlike, unsupported
 
 DRAWN = [draw(seed) for seed in range(3000)]
 CHOICES = {
@@ -98,3 +98,16 @@ def test_loops_compute_the_same(combine: Any) -> None:
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, msg=f"{name} of {loop}")
+
+
+@pytest.mark.parametrize("look_alike", [a for a in get_args(LookAlike) if a != "none"])
+def test_look_alikes_are_no_mixtures(look_alike: LookAlike) -> None:
+    """Most of them compute something else than the plain loop over the same parameters."""
+    drawn = [spec for spec in DRAWN if spec.look_alike == look_alike and spec.top_k > 1][:8]
+    plain = [
+        dataclasses.replace(spec, look_alike="none", loop="where", skip_empty=False)
+        for spec in drawn
+    ]
+    pairs = [(run(spec), run(other)) for spec, other in zip(drawn, plain, strict=True)]
+    differ = [difference(a, b) is not None for a, b in pairs]
+    assert sum(differ) > len(differ) / 2

@@ -1,23 +1,12 @@
-"""Counting, the command line, and the whole campaign."""
+"""Counts and tables of a campaign."""
 
 import dataclasses
 
 import pytest
 
-from moe_compile.cli import main
 from moe_compile.fuzz.campaign import Tally, describe, verdicts
-from moe_compile.fuzz.judge import FAILURES, Outcome, Verdict
-from moe_compile.fuzz.spec import BlockSpec
-
-SPEC = BlockSpec(seed=5, experts=4, top_k=2, hidden=8, width=8, loop="where")
-
-
-def tally(*outcomes: Outcome) -> Tally:
-    result = Tally()
-    for outcome in outcomes:
-        reason = "" if outcome == "proven" else "5 of 7 operations fit"
-        result.add(Verdict(SPEC, outcome, reason, 0.5, {"trace": 0.25}))
-    return result
+from moe_compile.fuzz.judge import FAILURES, Verdict
+from tests.fuzz.verdicts import SPEC, tally
 
 
 def test_shares_are_of_supported_blocks() -> None:
@@ -46,35 +35,7 @@ def test_failures_are_described() -> None:
     assert "class MoEBlock(nn.Module):" in text
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fuzz", "--blocks", "2", "--seed", "12", "--share", "0"]) == 0
-    out, err = capsys.readouterr()
-    assert "2 blocks in" in out
-    assert "2 of 2: " in err
-
-
-def test_the_command_wants_its_share(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = tally("proven", "refused").verdicts
-    monkeypatch.setattr("moe_compile.fuzz.campaign.judge_seed", lambda seed: judged[seed % 2])
-    assert main(["fuzz", "--blocks", "2"]) == 1
-    assert main(["fuzz", "--blocks", "2", "--share", "50"]) == 0
-    assert "proven of the supported: 50.0 %" in capsys.readouterr().out
-
-
-def test_the_command_fails_on_failures(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = tally("wrong").verdicts[0]
-    monkeypatch.setattr("moe_compile.fuzz.campaign.judge_seed", lambda seed: judged)
-    monkeypatch.setattr("moe_compile.fuzz.judge.judge_seed", lambda seed: judged)
-    assert main(["fuzz", "--blocks", "1", "--share", "0"]) == 1
-    assert "wrong: block 5" in capsys.readouterr().out
-    assert main(["fuzz", "--block", "5"]) == 1
-    assert "class MoEBlock" in capsys.readouterr().out
-
-
+@pytest.mark.matrix
 def test_processes_agree() -> None:
     found = list(verdicts([12, 5], jobs=2))
     assert [v.spec.seed for v in found] == [12, 5]

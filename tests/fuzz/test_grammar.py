@@ -12,7 +12,7 @@ from moe_compile.fuzz.draw import draw
 from moe_compile.fuzz.judge import difference, measure
 from moe_compile.fuzz.load import load
 from moe_compile.fuzz.source import source
-from moe_compile.fuzz.spec import BlockSpec, Loop, LookAlike, unsupported
+from moe_compile.fuzz.spec import BlockSpec, LookAlike, Loop, unsupported
 
 DRAWN = [draw(seed) for seed in range(3000)]
 CHOICES = {

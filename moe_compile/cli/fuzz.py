@@ -23,6 +23,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--show", type=int, default=5, help="failures of which to print the source")
     parser.add_argument("--share", type=float, default=98.0, help="least percentage proven")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="CHOICE=VALUE",
+        help="judge blocks with this choice, such as loop=where; may be repeated",
+    )
     parser.add_argument("--block", type=int, help="judge one block, by its seed, and print it")
     parser.set_defaults(run=run)
 
@@ -46,9 +53,15 @@ def _one(seed: int) -> int:
 
 def _many(arguments: argparse.Namespace) -> int:
     from moe_compile.fuzz.campaign import Tally, describe, verdicts
+    from moe_compile.fuzz.draw import select
 
     tally, start = Tally(), time.perf_counter()
-    seeds = range(arguments.seed, arguments.seed + arguments.blocks)
+    only = dict(choice.split("=", 1) for choice in arguments.only)
+    try:
+        seeds = select(arguments.seed, arguments.blocks, only)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 2
     for verdict in verdicts(seeds, arguments.jobs):
         tally.add(verdict)
         _progress(tally, arguments.blocks)

@@ -1,8 +1,9 @@
 """Draws blocks: which choices go together."""
 
+import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import TypeVar, get_args
 
 from moe_compile.fuzz.spec import (
@@ -38,6 +39,7 @@ ZERO_LOOPS: tuple[Loop, ...] = ("grouped_mm", "where", "dense_output", "dense_su
 _GATED: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a.endswith("_glu"))
 _PLAIN: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a not in _GATED)
 _LOOK_ALIKE_SHARE = 0.08
+_RAREST = 10_000
 
 
 def draw(seed: int) -> BlockSpec:
@@ -48,6 +50,27 @@ def draw(seed: int) -> BlockSpec:
     spec = _looped(rng, spec)
     spec = _surrounded(rng, spec)
     return _disguised(rng, spec) if rng.random() < _LOOK_ALIKE_SHARE else spec
+
+
+def select(first: int, count: int, only: Mapping[str, str]) -> list[int]:
+    """Seeds from `first` on of blocks with these choices, written as `str` writes them.
+
+    Raises:
+        ValueError: if the grammar has no such choice, or no block has these at once.
+    """
+    for name in set(only) - {field.name for field in fields(BlockSpec)}:
+        known = ", ".join(field.name for field in fields(BlockSpec))
+        raise ValueError(f"--only got {name!r}; it takes {known}")
+    tried = range(first, first + _RAREST * count)
+    found = list(itertools.islice((s for s in tried if _has(draw(s), only)), count))
+    if len(found) < count:
+        wanted = ", ".join(f"{name}={value}" for name, value in only.items())
+        raise ValueError(f"--only got {wanted}; {len(found)} blocks of {len(tried)} have that")
+    return found
+
+
+def _has(spec: BlockSpec, only: Mapping[str, str]) -> bool:
+    return all(str(getattr(spec, name)) == value for name, value in only.items())
 
 
 def _sized(rng: random.Random, seed: int) -> BlockSpec:

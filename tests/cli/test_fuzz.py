@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from moe_compile.cli import main
+from moe_compile.fuzz.draw import draw
+from moe_compile.fuzz.judge import Verdict
 from tests.fuzz.verdicts import tally
 
 
@@ -36,6 +38,23 @@ def test_the_command_fails_on_failures(
     assert "wrong: block 5" in capsys.readouterr().out
     assert main(["fuzz", "--block", "5"]) == 1
     assert "class MoEBlock" in capsys.readouterr().out
+
+
+def test_the_command_selects(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = tally("proven").verdicts[0]
+    seeds: list[int] = []
+
+    def judge_seed(seed: int) -> Verdict:
+        seeds.append(seed)
+        return judged
+
+    monkeypatch.setattr("moe_compile.fuzz.campaign.judge_seed", judge_seed)
+    assert main(["fuzz", "--blocks", "2", "--only", "loop=where", "--only", "top_k=3"]) == 0
+    assert [(draw(seed).loop, draw(seed).top_k) for seed in seeds] == [("where", 3)] * 2
+    assert main(["fuzz", "--only", "colour=red"]) == 2
+    assert "--only got 'colour'" in capsys.readouterr().err
 
 
 def test_the_package_is_the_command() -> None:

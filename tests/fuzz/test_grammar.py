@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.fuzz.draw import draw
+from moe_compile.fuzz.draw import draw, select
 from moe_compile.fuzz.judge import difference, measure
 from moe_compile.fuzz.load import load
 from moe_compile.fuzz.source import source
@@ -38,6 +38,17 @@ def test_a_seed_is_a_block() -> None:
 
 def test_seeds_differ() -> None:
     assert len({source(spec) for spec in DRAWN}) > 0.99 * len(DRAWN)
+
+
+def test_blocks_are_selected_by_their_choices() -> None:
+    assert select(5, 3, {}) == [5, 6, 7]
+    seeds = select(0, 4, {"loop": "hit", "storage": "module_list", "residual": "True"})
+    found = [draw(seed) for seed in seeds]
+    assert {(s.loop, s.storage, s.residual) for s in found} == {("hit", "module_list", True)}
+    with pytest.raises(ValueError, match="--only got 'colour'; it takes seed, experts"):
+        select(0, 1, {"colour": "red"})
+    with pytest.raises(ValueError, match="loop=gather_bmm, storage=module_list; 0 blocks of"):
+        select(0, 1, {"loop": "gather_bmm", "storage": "module_list"})
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -13,26 +13,29 @@ from moe_compile.fuzz.spec import BlockSpec
 
 
 class Model(nn.Module):
-    """A model of one layer, which is the block."""
+    """A model of two such blocks, of which one is captured and both are rewritten.
 
-    def __init__(self, block: nn.Module) -> None:
+    They are side by side: behind another, rounding could tip a choice of experts.
+    """
+
+    def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([block])
+        self.layers = nn.ModuleList(blocks)
 
     def forward(self, hidden_states: Tensor) -> Any:
-        """What the block returns."""
-        return self.layers[0](hidden_states)
+        """What the blocks return."""
+        return [layer(hidden_states) for layer in self.layers]
 
 
 def load(spec: BlockSpec) -> Model:
-    """The block with random parameters, the same at every call."""
+    """Two blocks with random parameters, the same at every call."""
     name, text = f"<moe block {spec.seed}>", source(spec)
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     module = types.ModuleType(f"moe_block_{spec.seed}")
     module.__file__ = name
     sys.modules[module.__name__] = module  # where `inspect` looks for a class
     exec(compile(text, name, "exec"), vars(module))
-    model = Model(module.MoEBlock())
+    model = Model(module.MoEBlock(), module.MoEBlock())
     _fill(model, torch.Generator().manual_seed(spec.seed))
     return model
 

@@ -168,11 +168,14 @@ def _disguised(rng: random.Random, spec: BlockSpec) -> BlockSpec:
         storage = "stacked" if spec.listed or spec.storage == "flat" else spec.storage
         return replace(spec, storage=storage, loop="dense_input", bias=True, fused=False)
     if look_alike in ("mean_subtracted", "softmax_over_tokens"):
-        loops = [one for one in LISTED_LOOPS if one not in ("split",)]
-        return replace(spec, loop=spec.loop if spec.loop == "grouped_mm" else rng.choice(loops))
+        grouped = spec.loop == "grouped_mm"
+        return replace(spec, loop=spec.loop if grouped else rng.choice(LISTED_LOOPS))
     if look_alike in ("product", "maximum"):
         return replace(spec, loop=rng.choice(("mask", "counts", "dense_stack")), combine="inverse")
-    return replace(spec, loop=rng.choice(("where", "hit")), top_k=max(spec.top_k, 2))
+    # With one pick a token, some of the others would be mixtures.
+    router = "softmax_topk" if spec.router in ("argmax", "max") else spec.router
+    top_k = max(spec.top_k, 2)
+    return replace(spec, loop=rng.choice(("where", "hit")), router=router, top_k=top_k)
 
 
 def _half(rng: random.Random) -> bool:

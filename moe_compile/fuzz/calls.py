@@ -19,7 +19,9 @@ def expert_lines(spec: BlockSpec, index: str, x: str) -> list[str]:
         return [f"rows = self.experts[{index}]({x})"]
     if spec.storage == "module_dict":
         return [f'rows = self.experts[f"expert_{{{index}}}"]({x})']
-    return stacked_lines(spec, Place("one", index), x)
+    if x.isidentifier():
+        return stacked_lines(spec, Place("one", index), x)
+    return [f"current = {x}", *stacked_lines(spec, Place("one", index), "current")]
 
 
 def every_expert(spec: BlockSpec) -> str:

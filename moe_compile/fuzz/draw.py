@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from moe_compile.fuzz.spec import (
     Activation,
@@ -30,9 +30,6 @@ LISTED_LOOPS: tuple[Loop, ...] = (
 )
 """Loops that call one expert after the other."""
 
-ENUMERATED: tuple[Loop, ...] = ("where", "mask", "dense_stack", "dense_sum", "dense_masked")
-"""Loops over all experts by number, which could be over the list itself."""
-
 ZERO_LOOPS: tuple[Loop, ...] = ("grouped_mm", "where", "dense_output", "dense_sum", "gather_bmm")
 """Loops that can pass over picks of zero-computation experts."""
 
@@ -40,6 +37,24 @@ _GATED: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a.ends
 _PLAIN: tuple[Activation, ...] = tuple(a for a in get_args(Activation) if a not in _GATED)
 _LOOK_ALIKE_SHARE = 0.08
 _RAREST = 10_000
+
+_SPELLINGS: dict[Loop, tuple[str, ...]] = {
+    "grouped_mm": ("combine",),
+    "where": ("skip_empty", "accumulate", "enumerated"),
+    "hit": ("skip_empty", "accumulate"),
+    "mask": ("enumerated",),
+    "counts": ("skip_empty", "combine"),
+    "counts_numpy": ("skip_empty", "combine"),
+    "split": ("combine",),
+    "dense_output": ("routing", "contracted", "states"),
+    "dense_input": ("routing",),
+    "dense_stack": ("routing", "enumerated"),
+    "dense_sum": ("routing", "accumulate", "enumerated"),
+    "dense_masked": ("enumerated",),
+    "gather_einsum": ("contracted",),
+    "gather_bmm": (),
+}
+"""The choices that each loop has."""
 
 
 def draw(seed: int) -> BlockSpec:
@@ -127,18 +142,17 @@ def _stored(rng: random.Random, spec: BlockSpec) -> BlockSpec:
 
 def _looped(rng: random.Random, spec: BlockSpec) -> BlockSpec:
     loops: Sequence[Loop] = LISTED_LOOPS if spec.listed else get_args(Loop)
-    loop = rng.choice(loops)
-    spec = replace(
-        spec,
-        loop=loop,
-        skip_empty=_half(rng),
-        accumulate=rng.choice(("index_add", "index_add_", "setitem")),
-        combine=rng.choice(("inverse", "scattered", "argsort", "index_add")),
-        routing=rng.choice(("scatter", "scatter_", "one_hot")),
-        contracted=_half(rng),
-        states=rng.choice(("expand", "repeat", "broadcast")),
-        enumerated=spec.storage == "module_list" and loop in ENUMERATED and _half(rng),
-    )
+    loop: Loop = rng.choice(loops)
+    drawn: dict[str, Any] = {
+        "skip_empty": _half(rng),
+        "accumulate": rng.choice(("index_add", "index_add_", "setitem")),
+        "combine": rng.choice(("inverse", "scattered", "argsort", "index_add")),
+        "routing": rng.choice(("scatter", "scatter_", "one_hot")),
+        "contracted": _half(rng),
+        "states": rng.choice(("expand", "repeat", "broadcast")),
+        "enumerated": spec.storage == "module_list" and _half(rng),
+    }
+    spec = replace(spec, loop=loop, **{name: drawn[name] for name in _SPELLINGS[loop]})
     # An expert without tokens would still add its biases.
     return replace(spec, bias=False) if loop == "dense_input" else spec
 

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
 
@@ -141,8 +141,7 @@ def _stored(rng: random.Random, spec: BlockSpec) -> BlockSpec:
 
 
 def _looped(rng: random.Random, spec: BlockSpec) -> BlockSpec:
-    loops: Sequence[Loop] = LISTED_LOOPS if spec.listed else get_args(Loop)
-    loop: Loop = rng.choice(loops)
+    loop = rng.choice(LISTED_LOOPS if spec.listed else tuple(_SPELLINGS))
     drawn: dict[str, Any] = {
         "skip_empty": _half(rng),
         "accumulate": rng.choice(("index_add", "index_add_", "setitem")),

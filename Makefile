@@ -1,10 +1,13 @@
 # Needs Python 3.11 or newer, pip and make; every target sets up .venv by itself, once.
 PYTHON ?= python3
 RANKS ?= 2
+BLOCKS ?= 2000
+# The least percentage of the fuzzer's supported blocks that is proven.
+PROVEN ?= 0
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test families check clean
+.PHONY: demo test families fuzz check clean
 
 demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/finetune.py
@@ -12,8 +15,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
 
-families: $(READY)
+families: fuzz
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m matrix
+
+fuzz: $(READY)
+	$(BIN)/moe-compile fuzz --blocks $(BLOCKS) --jobs 2 --share $(PROVEN)
 
 check: $(READY)
 	$(BIN)/ruff check

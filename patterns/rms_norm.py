@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_compile.ops.rms_norm import rms_norm
-from moe_compile.rewrite.pattern import Pattern
+from moe_compile.rewrite.pattern import Match, Pattern
+from moe_compile.rewrite.refuse import Refuse
 
 
 class RMSNorm(Pattern):
@@ -42,3 +43,11 @@ class RMSNorm(Pattern):
     def applies(self, *, weight: bool, cast_first: bool, one_plus: bool) -> bool:
         """Without a weight there is one order only."""
         return weight or not (cast_first or one_plus)
+
+    def check(self, match: Match) -> None:
+        """The weight is one vector, the same for every row."""
+        weight = match.bindings["weight"]
+        if weight is None:
+            return
+        if match.value("weight").shape != match.value("x").shape[-1:]:
+            raise Refuse(f"the weight {weight} is no vector of the normalised size", weight)

@@ -118,6 +118,27 @@ def mean_of_another_value(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
+def another_weight_for_every_row(x: Tensor, weight: Tensor) -> Tensor:
+    wide, rows = x.float(), weight.expand(x.shape[1], 8)
+    return rows.sin() * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def one_weight_for_all(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight[:1] * normed.to(x.dtype)
+
+
+@pytest.mark.parametrize("function", [another_weight_for_every_row, one_weight_for_all])
+def test_a_weight_of_another_shape_stays_outside(function: Function) -> None:
+    """The norm without a weight is what is left."""
+    unit = norm_unit(function)
+    RaiseNorms().run(unit)
+    assert canonical_node(unit).args[1] is None
+    found = unit.near_misses[RMSNorm().name].reason
+    assert "is no vector of the normalised size" in found
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [

@@ -1,0 +1,1 @@
+"""Random mixture-of-experts blocks as people write them, and a judge of `optimize` on them."""

@@ -25,7 +25,7 @@ def summarize(
     """The report of one run."""
     sites: list[Site] = []
     for group, graphs in zip(groups, units, strict=True):
-        if group.problem is not None:
+        if group.problem is not None and not group.parts:
             sites.append(_uncaptured(group))
         if graphs:
             sites += _routing_sites(group, graphs[0])
@@ -50,8 +50,9 @@ def _unit_of(site: Site, order: dict[str, int]) -> str:
 
 
 def _uncaptured(group: Group) -> Site:
-    reason = f"the layer could not be captured: {group.problem}"
-    return Site(group.names[0], len(group.names), "experts", None, "refused", reason)
+    reason = f"its code could not be captured: {group.problem}"
+    kind = "experts" if group.holds_experts else "attention"
+    return Site(group.names[0], len(group.names), kind, None, "refused", reason)
 
 
 def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:

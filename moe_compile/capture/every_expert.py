@@ -106,6 +106,8 @@ class EveryExpertHit(TorchFunctionMode):
             return self.answers[id(args[0])][1]
         if func is Tensor.numpy:
             return _as_numbers(args[0])
+        if func is Tensor.__getitem__:
+            args = (args[0], _with_sizes(args[1]))
         result = func(*args, **kwargs)
         self._remember(getattr(func, "__name__", ""), result)
         return result
@@ -116,6 +118,16 @@ class EveryExpertHit(TorchFunctionMode):
             return
         if isinstance(result, Tensor) and result.dim() == 0:
             self.answers[id(result)] = (result, name in _TRUE_IF_HIT)
+
+
+def _with_sizes(index: Any) -> Any:
+    """An index whose slices begin and end at symbolic sizes, where they do at tensors."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_sizes, index))
+    if not isinstance(index, slice):
+        return index
+    ends = (index.start, index.stop, index.step)
+    return slice(*(end.item() if isinstance(end, Tensor) else end for end in ends))
 
 
 def _is_over_experts(tensor: Any) -> bool:

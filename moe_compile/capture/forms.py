@@ -4,6 +4,7 @@ The whole unit is captured in the first of them. In the others only the modules 
 rewritten are captured, and only where they are called in another form or ask for the mode.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +18,11 @@ from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, autocast
 
+Form = tuple[Call, torch.dtype | None]
+"""A call, and the dtype of autocast."""
 
-def call_forms(unit: nn.Module, call: Call) -> list[tuple[Call, torch.dtype | None]]:
+
+def call_forms(unit: nn.Module, call: Call) -> list[Form]:
     """The foreseen calls of a unit, each with the dtype of autocast; the plain call first.
 
     On fake tensors transformers always builds a boolean mask; on real ones it passes None when the
@@ -35,16 +39,35 @@ def observe(
     call: Call,
     dtype: torch.dtype | None,
     paths: Iterable[str],
-) -> dict[str, Call]:
-    """How a training call of a unit, under autocast to `dtype`, calls the modules at `paths`."""
-    seen: dict[str, Call] = {}
+    seen: dict[str, Call],
+) -> None:
+    """Notes in `seen` how a training call of a unit, under autocast, calls the modules at `paths`.
+
+    What was seen before the unit's own code fails stays.
+    """
     unit.train()
-    handles = [_watch(unit.get_submodule(path), path, seen) for path in paths]
     ambient = autocast(Mode(True, dtype), shadow.device)
-    with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad(), ambient:
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.callback(_watch(unit.get_submodule(path), path, seen).remove)
+        for context in (shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad()):
+            stack.enter_context(context)
+        stack.enter_context(ambient)
         unit(*call.args, **call.kwargs)
-    for handle in handles:
-        handle.remove()
+
+
+def children_calls(shadow: Shadow, unit: nn.Module, call: Call) -> dict[str, Call]:
+    """How a unit calls those of its children that have parameters, as far as its code gets."""
+    children: dict[str, nn.Module] = {}
+    for name, child in unit.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            children |= {f"{name}.{inner}": module for inner, module in child.named_children()}
+        else:
+            children[name] = child
+    paths = [name for name, child in children.items() if next(child.parameters(), None) is not None]
+    seen: dict[str, Call] = {}
+    with contextlib.suppress(Exception):  # its own code failed before, too: some children remain
+        observe(shadow, unit, call, None, paths, seen)
     return seen
 
 

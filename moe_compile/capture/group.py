@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from moe_compile.capture.forms import call_forms
-from moe_compile.capture.probe import Call, structure, units
+from moe_compile.capture.forms import Form, call_forms, children_calls
+from moe_compile.capture.probe import Call, describe, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Capture, Mode, trace
 
@@ -27,43 +27,63 @@ class Group:
         forms: how the model calls them, see `call_forms`; the capture is of the first.
         matters: the flags that the units' code looks at.
         problem: why the units could not be captured, or None.
+        parts: how uncaptured units call their children, which are then units of their own.
+        is_part: whether these are such children.
+        holds_experts: whether uncaptured units may hold experts, by the shape of their parameters.
     """
 
     names: list[str]
     capture: Capture | None
-    forms: list[tuple[Call, torch.dtype | None]] = field(
-        default_factory=list[tuple[Call, torch.dtype | None]]
-    )
+    forms: list[Form] = field(default_factory=list[Form])
     matters: set[str] = field(default_factory=set[str])
     problem: str | None = None
+    parts: dict[str, Call] = field(default_factory=dict[str, Call])
+    is_part: bool = False
+    holds_experts: bool = True
 
 
 def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
-    """Captures each kind of unit once, in the order in which the model calls them."""
+    """Captures each kind of unit once, in the order in which the model calls them.
+
+    Of a unit whose own code cannot be captured, each child is tried.
+    """
     found: dict[Hashable, list[Group]] = {}
     groups: list[Group] = []
-    members = units(shadow.model)
-    for name, call in calls.items():
-        unit = members[name]
-        alike = found.setdefault((structure(unit), call.key()), [])
+    todo = [(name, call, False) for name, call in reversed(calls.items())]
+    while todo:
+        name, call, is_part = todo.pop()
+        unit = shadow.model.get_submodule(name)
+        alike = found.setdefault((structure(unit), call.key(), is_part), [])
         home = next((g for g in alike if _reads_agree(g, unit)), None)
         if home is None:
             home = _capture(shadow, unit, call)
+            home.is_part = is_part
             alike.append(home)
             groups.append(home)
         home.names.append(name)
+        todo += [(f"{name}.{n}", c, True) for n, c in reversed(home.parts.items())]
     return groups
 
 
 def _capture(shadow: Shadow, unit: nn.Module, call: Call) -> Group:
-    if call.problem is not None:
-        return Group([], None, problem=call.problem)
-    forms, matters = call_forms(unit, call), set[str]()
-    try:
-        return Group([], trace(shadow, unit, forms[0][0], Mode(), matters), forms, matters)
-    except Exception as error:  # foreign code may fail in any way; the report says how
-        first_line = (str(error).splitlines() or [""])[0]
-        return Group([], None, problem=f"{type(error).__name__}: {first_line}")
+    forms, problem = call_forms(unit, call), call.problem
+    while forms and call.problem is None:
+        matters = set[str]()
+        try:
+            capture = trace(shadow, unit, forms[0][0], Mode(), matters)
+            return Group([], capture, forms, matters)
+        except Exception as error:  # foreign code may fail in any way; the report says how
+            problem = problem or describe(error)
+            forms = [form for form in forms if form[0] is not forms[0][0]]
+    parts = children_calls(shadow, unit, call)
+    return Group([], None, problem=problem, parts=parts, holds_experts=_may_hold_experts(unit))
+
+
+def _may_hold_experts(unit: nn.Module) -> bool:
+    """Whether it has a list of modules, or a stack of matrices that is no convolution's."""
+    owners = [m for m in unit.modules() if not isinstance(m, _ConvNd)]
+    stacks = any(p.dim() == 3 for m in owners for p in m.parameters(recurse=False))
+    return stacks or any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in owners)
 
 
 def _reads_agree(group: Group, unit: nn.Module) -> bool:

@@ -68,6 +68,12 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | None) -> dict[str, C
     return recorder.calls
 
 
+def describe(error: Exception) -> str:
+    """A failure of foreign code in one line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
 def structure(module: nn.Module) -> Hashable:
     """What two modules must share to be captured once: classes, forwards, tensors, hooks."""
     return tuple(
@@ -117,7 +123,7 @@ class _Recorder:
         try:
             return original(*call.args, **call.kwargs), call
         except Exception as error:  # any failure of foreign code is a reason in the report
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            problem = describe(error)
             leaves = pytree.tree_leaves((call.args, call.kwargs))
             hidden = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
             return hidden, Call(call.args, call.kwargs, problem)

@@ -38,7 +38,8 @@ def compile_units(
     options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
     for number, group in enumerate(groups):
         layers = [model.get_submodule(name) for name in group.names]
-        if any(name.rpartition(".")[2].isdigit() for name in group.names):
+        is_layer = any(name.rpartition(".")[2].isdigit() for name in group.names)
+        if is_layer and not group.is_part:
             _compile_layers(layers, number, {"fullgraph": True} | options)
 
 

@@ -66,7 +66,7 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
     """The variant of a cut call for modules like `owner`; `reads` are those of its capture."""
     placeholders = [node for node in cut.graph.nodes if node.op == "placeholder"]
     name = (cut.path.rpartition(".")[2] or "layer").replace("-", "_")
-    name = f"{name}_{cut.call.label}" if name.isdigit() else name
+    name = f"{cut.call.label}_{name}" if name.isdigit() else name
     return Variant(
         CallForm.of(cut.call, placeholders, mode),
         emit(cut.graph, f"{name}_forward"),

@@ -15,7 +15,7 @@ from moe_compile.parallel.layout import Layout
 
 def layer_names(groups: list[Group]) -> list[str]:
     """The units that are layers: children of a list."""
-    names = [name for group in groups for name in group.names]
+    names = [name for group in groups if not group.is_part for name in group.names]
     return [name for name in names if name.rpartition(".")[2].isdigit()]
 
 

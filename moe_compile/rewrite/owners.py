@@ -5,13 +5,14 @@ changes few of its modules: only those whose own call differs, or that ask for t
 captured again.
 """
 
+import contextlib
 import itertools
 from collections.abc import Hashable
 
 from moe_compile.capture.boundary import exit
 from moe_compile.capture.forms import observe
 from moe_compile.capture.group import Group
-from moe_compile.capture.probe import Call, units
+from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -22,11 +23,13 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
 
     Evaluation is taken to call them as training does; where it does not, they run their own code.
     """
-    unit, owners = units(shadow.model)[first.name], first.owners()
+    unit, owners = shadow.model.get_submodule(first.name), first.owners()
     seen: set[Hashable] = set()
     found: list[UnitGraph] = []
     for number, (call, autocast) in enumerate(group.forms if owners else []):
-        calls = observe(shadow, unit, call, autocast, owners)
+        calls: dict[str, Call] = {}
+        with contextlib.suppress(Exception):  # a form in which the unit's own code fails
+            observe(shadow, unit, call, autocast, owners, calls)
         for training, (path, own) in itertools.product((True, False), calls.items()):
             asks = first.mode_of(owners[path]).training is not None
             mode = Mode(training if asks else None, autocast)
@@ -40,7 +43,7 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
 def _capture(
     shadow: Shadow, group: Group, first: UnitGraph, path: str, call: Call, mode: Mode
 ) -> UnitGraph:
-    module = units(shadow.model)[first.name].get_submodule(path)
+    module = shadow.model.get_submodule(first.name).get_submodule(path)
     observed = not _drops(first, first.owners()[path])
     capture = trace(shadow, module, call, mode, group.matters, observed=observed)
     return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)

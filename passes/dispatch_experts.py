@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from moe_compile import ops
+from moe_compile.parallel.experts import WEIGHTS, own_experts
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNED
 from moe_compile.rewrite.pipeline import Pass
@@ -55,16 +56,33 @@ class _Placing:
             sent = self._add(ops.dispatch, (*values, count, self.ep.group), _received(arguments))
             for i, name in enumerate(("x", "ids", "weights")):
                 arguments[name] = self._item(sent, i)
+            weights = [arguments[n] for n in WEIGHTS if arguments[n] is not None]
+            is_stored = all(weight.op == "get_attr" for weight in weights)
+            if not is_stored:
+                arguments |= {n: self._own(arguments[n]) for n in WEIGHTS}
             handle = self._item(sent, 3)
             size = x.meta["val"].shape[0]
             tokens = self._add(torch.ops.aten.sym_size.int, (x, 0), size)
             out = self.node.meta["val"]
             rows = arguments["x"].meta["val"].shape[0]
             result = self._add(ops.experts, (), out.new_empty(rows, *out.shape[1:]), arguments)
-            result.meta["data_ranks"] = self.ep.data_ranks
+            if is_stored:
+                result.meta["data_ranks"] = self.ep.data_ranks
             back = self._add(ops.combine, (result, handle, tokens, self.ep.group), out)
         self.node.replace_all_uses_with(back)
         self.graph.erase_node(self.node)
+
+    def _own(self, weight: Any) -> Any:
+        """This rank's experts, of weights that the graph puts together from several parameters.
+
+        FSDP2 gathers those for the layer, and averages what each rank's own experts got.
+        """
+        if weight is None:
+            return None
+        full = weight.meta["val"]
+        return self._add(
+            own_experts, (weight, self.ep.group), full[: full.shape[0] // self.ep.size]
+        )
 
     def _add(
         self, target: Any, args: tuple[Any, ...], value: Any, kwargs: dict[str, Any] | None = None

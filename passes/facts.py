@@ -5,6 +5,7 @@ from torch import fx
 from moe_compile.ops import experts
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.patterns import (
+    BatchedExperts,
     EagerAttention,
     ExpertLoop,
     GatedMLP,
@@ -13,6 +14,7 @@ from moe_compile.patterns import (
     RotaryHalf,
     RotarySplit,
     SDPAAttention,
+    SortedExperts,
 )
 from moe_compile.rewrite.facts import Fact
 from moe_compile.rewrite.normal_form import is_normal
@@ -38,7 +40,9 @@ NORMS_RAISED = none_left("norms_raised", RMSNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
 ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
 MLPS_RAISED = none_left("mlps_raised", GatedMLP())
-EXPERTS_RAISED = none_left("experts_raised", GroupedExperts(), ExpertLoop())
+EXPERTS_RAISED = none_left(
+    "experts_raised", GroupedExperts(), SortedExperts(), BatchedExperts(), ExpertLoop()
+)
 EXPERTS_PLACED = Fact("experts_placed", _placed)
 PLANNED = Fact("planned", _planned)
 LOWERED = Fact("lowered", _lowered)

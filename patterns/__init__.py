@@ -1,5 +1,6 @@
 """The idioms that moe_compile knows, one a file."""
 
+from moe_compile.patterns.batched_experts import BatchedExperts
 from moe_compile.patterns.eager_attention import EagerAttention
 from moe_compile.patterns.expert_loop import ExpertLoop
 from moe_compile.patterns.gated_mlp import GatedMLP
@@ -8,8 +9,10 @@ from moe_compile.patterns.rms_norm import RMSNorm
 from moe_compile.patterns.rotary_half import RotaryHalf
 from moe_compile.patterns.rotary_split import RotarySplit
 from moe_compile.patterns.sdpa_attention import SDPAAttention
+from moe_compile.patterns.sorted_experts import SortedExperts
 
 __all__ = [
+    "BatchedExperts",
     "EagerAttention",
     "ExpertLoop",
     "GatedMLP",
@@ -18,4 +21,5 @@ __all__ = [
     "RotaryHalf",
     "RotarySplit",
     "SDPAAttention",
+    "SortedExperts",
 ]

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx
 
-from moe_compile.ops.experts import experts
-from moe_compile.rewrite.expert_bodies import Bodies, unrolled_bodies
-from moe_compile.rewrite.proven import ProvenExperts, picked
+from moe_compile.rewrite.expert_bodies import Bodies
+from moe_compile.rewrite.proven import ProvenExperts
+from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.unrolled_bodies import unrolled_bodies
+from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class ExpertLoop(ProvenExperts):
@@ -39,9 +41,14 @@ class ExpertLoop(ProvenExperts):
         transposed: bool,
         weigh_input: bool,
         full: bool,
+        identity: bool,
     ) -> Tensor:
-        """An index list for each expert; `full` weights are those of all experts."""
+        """An index list for each expert; `full` weights are those of all choices."""
         out = torch.zeros(x.shape[0], down.shape[2 if transposed else 1], dtype=x.dtype)
+        if identity:
+            beyond = ids >= up.shape[0]
+            own = weights.gather(1, ids) if full else weights
+            out = out + x * (own * beyond).sum(1, keepdim=True)
         for expert in range(up.shape[0]):
             token, pick = torch.where(ids == expert)
             weight = weights[token, expert if full else pick, None]
@@ -67,10 +74,10 @@ class ExpertLoop(ProvenExperts):
         transposed: bool,
         weigh_input: bool,
         full: bool,
+        identity: bool,
     ) -> Tensor:
         """The canonical op."""
-        ids, weights = picked(ids, weights, full)
-        return experts(
+        return weighted_sum(
             x,
             ids,
             weights,
@@ -81,8 +88,10 @@ class ExpertLoop(ProvenExperts):
             down_bias,
             transposed=transposed,
             weigh_input=weigh_input,
+            full=full,
+            identity=identity,
         )
 
-    def bodies(self, graph: fx.Graph) -> Iterator[Bodies]:
+    def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """Products with the weights of one expert after the other."""
         return unrolled_bodies(graph)

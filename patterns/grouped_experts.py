@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels.grouped_mm import grouped_mm
-from moe_compile.ops.experts import experts
 from moe_compile.rewrite.pattern import Match, Pattern
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.region import check_row_wise
+from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class GroupedExperts(Pattern):
@@ -56,7 +56,7 @@ class GroupedExperts(Pattern):
         sentinels: bool,
     ) -> Tensor:
         """Sort, gather, compute by group, un-sort, sum."""
-        count, (tokens, picks) = up.shape[0], ids.shape
+        count, tokens, picks = up.shape[0], x.shape[0], ids.shape[-1]
         expert, order = torch.sort(ids.reshape(-1))
         offs = _offsets(expert, count)
         elsewhere = (expert >= count).unsqueeze(-1)
@@ -89,8 +89,19 @@ class GroupedExperts(Pattern):
         sentinels: bool,
     ) -> Tensor:
         """The canonical op; an id beyond the last expert cannot occur on one device."""
-        return experts(
-            x, ids, weights, up, down, activation, up_bias, down_bias, transposed=transposed
+        return weighted_sum(
+            x,
+            ids,
+            weights,
+            up,
+            down,
+            activation,
+            up_bias,
+            down_bias,
+            transposed=transposed,
+            weigh_input=False,
+            full=False,
+            identity=False,
         )
 
     def applies(self, *, up_bias: bool, down_bias: bool, transposed: bool, sentinels: bool) -> bool:

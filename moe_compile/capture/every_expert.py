@@ -106,8 +106,8 @@ class EveryExpertHit(TorchFunctionMode):
             return self.answers[id(args[0])][1]
         if func is Tensor.numpy:
             return _as_numbers(args[0])
-        if func is Tensor.__getitem__:
-            args = (args[0], _with_sizes(args[1]))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = tuple(map(_with_sizes, args))
         result = func(*args, **kwargs)
         self._remember(getattr(func, "__name__", ""), result)
         return result
@@ -132,7 +132,8 @@ def _with_sizes(index: Any) -> Any:
 
 def _is_over_experts(tensor: Any) -> bool:
     """Whether it is a vector of fixed length: tokens are never that."""
-    return isinstance(tensor, Tensor) and tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+    size: Any = tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() == 1 else None
+    return isinstance(size, int)
 
 
 def _hits(vector: Tensor, as_tuple: bool) -> Any:

@@ -141,9 +141,10 @@ class _Cutter:
         return self.graph.call_module(_inside(self.path, call.path), args, kwargs)
 
     def _plain(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.SymInt):
-            return self._size(leaf.node.expr)
-        return leaf
+        if not isinstance(leaf, torch.SymInt):
+            return leaf
+        found = (copy for node, copy in self.env.items() if _is_size(node.meta.get("val"), leaf))
+        return next(found, None) or self._size(leaf.node.expr)
 
     def _take_outputs(self, call: ModuleCall, ends: fx.Node, result: fx.Node) -> None:
         assert call.output_spec is not None
@@ -257,6 +258,11 @@ def _dropped(value: Any) -> bool:
     """Whether a keyword is a stand-in that nothing looked at."""
     leaves = pytree.tree_leaves(value)
     return any(isinstance(leaf, Untouched) for leaf in leaves)
+
+
+def _is_size(value: Any, size: torch.SymInt) -> bool:
+    """Whether a value is a certain symbolic size."""
+    return isinstance(value, torch.SymInt) and value.node.expr == size.node.expr
 
 
 def _is_read_off(value: Any) -> bool:

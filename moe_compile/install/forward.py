@@ -15,6 +15,7 @@ from moe_compile.capture.trace import Mode
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
+from moe_compile.parallel.experts import own_experts
 from moe_compile.rewrite.refuse import Refuse
 
 _LOG = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ class Variant:
         reads: attributes that the captured code read, of the module (path "") and of crossed
             children, with the values that they must still have.
         alone: the function drops outputs, so nobody may listen to the module's.
-        weights: names of the parameters that several ranks share out, seen from the module; with
-            any, the function holds collectives, and the module has no other path.
+        weights: names of the parameters that several ranks share out, seen from the module.
+        collective: the function holds collectives, so the module has no other path.
     """
 
     form: CallForm
@@ -41,6 +42,7 @@ class Variant:
     reads: tuple[tuple[str, str, Any], ...]
     alone: bool
     weights: tuple[str, ...] = ()
+    collective: bool = False
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -75,6 +77,7 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
         _own_reads(cut, reads),
         cut.drops_outputs,
         shared_weights(cut.graph),
+        any(node.meta.get("op") is ops.dispatch for node in cut.graph.nodes),
     )
 
 
@@ -89,9 +92,12 @@ def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """The function without its collectives, for a rank that has every expert."""
     alone = fx.Graph()
     alone.output(alone.graph_copy(graph, {}))
-    for node in alone.nodes:
+    for node in list(alone.nodes):
         if node.meta.get("op") in (ops.dispatch, ops.combine):
             node.target = node.meta["op"].reference
+        if node.target is own_experts:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            alone.erase_node(node)
     return emit(alone, name)
 
 
@@ -123,7 +129,7 @@ def check_replaceable(owner: nn.Module, crossed: tuple[str, ...]) -> None:
 def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) -> Callable[..., Any]:
     """A function to bind to modules of one class; it looks like `original` to `inspect`."""
 
-    is_shared = any(candidate.weights for candidate in variants)
+    is_shared = any(candidate.collective for candidate in variants)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -108,7 +108,7 @@ def _variants(
             for owner in owners:
                 check_replaceable(owner, piece.crossed)
             found.append(variant(piece, unit.mode_of(call), unit.reads, owners[0]))
-            if found[-1].weights and piece.conditions is not None:
+            if found[-1].collective and piece.conditions is not None:
                 raise Refuse("its code asks for sizes, so ranks could take different paths")
             try:
                 verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))

@@ -19,9 +19,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
+from moe_compile.kernels.all_to_all import process_group
 from moe_compile.parallel.layout import Layout
 
-_WEIGHTS = ("up", "down", "up_bias", "down_bias")
+WEIGHTS = ("up", "down", "up_bias", "down_bias")
+"""The arguments of `ops.experts` that every rank has its own part of."""
+
+
+def own_experts(whole: Tensor, group: str) -> Tensor:
+    """[E / ranks, ...] of [E, ...]: a rank's experts, where every rank has all of them.
+
+    The gradient of the others is zero here, and their owners' is averaged with it.
+    """
+    ranks = process_group(group)
+    count = whole.shape[0] // ranks.size()
+    return whole.narrow(0, ranks.rank() * count, count)
 
 
 def shard_experts(owner: nn.Module, names: list[str], layout: Layout) -> list[nn.Parameter]:
@@ -82,7 +94,7 @@ def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Ca
     """
 
     def own_experts(**given: Any) -> Tensor:
-        stored = {name: given[name] for name in _WEIGHTS if given[name] is not None}
+        stored = {name: given[name] for name in WEIGHTS if given[name] is not None}
         if not isinstance(given["up"], DTensor):
             return implementation(**given)
         gathered: dict[int, DTensor] = {}

@@ -89,6 +89,12 @@ def schema_arguments(node: fx.Node) -> dict[str, Any]:
     }
 
 
+def schema_names(node: fx.Node) -> list[str]:
+    """The names of the operator's arguments, in order; none for a function without a schema."""
+    schema = getattr(node.target, "_schema", None)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
+
+
 def is_aten(node: fx.Node) -> bool:
     """Whether the node calls an operator with a schema."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
@@ -180,6 +186,11 @@ def _identity(node: fx.Node) -> fx.Node | None:
     return None if _is_returned(node) else _input(node)
 
 
+def _crosses(node: fx.Node) -> bool:
+    """Whether a module is called with the value or returns it: the other side has nothing else."""
+    return any(user.target in (enter, exit) for user in node.users)
+
+
 def _is_returned(node: fx.Node) -> bool:
     """Whether a module returns the value or a view of it.
 
@@ -205,8 +216,9 @@ def _reshape(node: fx.Node) -> fx.Node | None:
     source = _input(node)
     if _same_shape(value(source), value(node)):
         return source
-    while _target_of(source) is aten.reshape.default or (
-        _target_of(source) is aten.clone.default and not _is_returned(node)
+    while not _crosses(source) and (
+        _target_of(source) is aten.reshape.default
+        or (_target_of(source) is aten.clone.default and not _is_returned(node))
     ):
         source = _input(source)  # a reshape copies where it must: a copy before it adds nothing
     shape = _shape_argument(node)

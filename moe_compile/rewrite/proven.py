@@ -1,9 +1,8 @@
 """Patterns of experts whose routing is proven, not matched: any code that is the weighted sum."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from moe_compile.capture.boundary import enter, exit
@@ -21,18 +20,16 @@ class ProvenExperts(Pattern):
     kind: ClassVar[str] = "experts"
     exact: ClassVar[bool] = False
 
-    def bodies(self, graph: fx.Graph) -> Iterator[Bodies]:
+    def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """What the experts of each block compute."""
         raise NotImplementedError
 
     def find(self, graph: fx.Graph, miss: NearMiss) -> Iterator[Match]:
         """The blocks that are proven; why others are not is noted in `miss`."""
-        found = self.bodies(graph)
-        while True:
+        for block in self.bodies(graph):
             try:
-                block = next(found, None)
-                if block is None:
-                    return
+                if isinstance(block, Refuse):
+                    raise block
                 check_row_wise(block.activation)
                 match = self._match(block, prove_routing(graph, block))
                 check_escapes(match)
@@ -46,7 +43,7 @@ class ProvenExperts(Pattern):
         bindings = {
             "x": routing.tokens,
             "ids": routing.ids,
-            "weights": routing.weights,
+            "weights": routing.form.weights,
             "up": Stacks(block.up, transposed),
             "down": Stacks((block.down,), transposed),
             "activation": block.activation,
@@ -55,30 +52,18 @@ class ProvenExperts(Pattern):
         }
         choice = {
             "transposed": transposed,
-            "weigh_input": routing.weigh_input,
-            "full": routing.full,
+            "weigh_input": routing.form.weigh_input,
+            "full": routing.form.full,
+            "identity": routing.form.identity,
         }
         nodes = _not_needed_elsewhere(routing, block)
         return Match(self, bindings, choice, routing.root, nodes)
 
 
-def picked(ids: Any, weights: Any, full: bool) -> tuple[Any, Any]:
-    """Ids and weights as [T, K]: of one pick without its dimension, of weights for all experts."""
-    aten = torch.ops.aten
-    ids = ids if _rank(ids) == 2 else aten.unsqueeze.default(ids, 1)
-    if full:
-        return ids, aten.gather.default(weights, 1, ids)
-    return ids, weights if _rank(weights) == 2 else aten.unsqueeze.default(weights, 1)
-
-
-def _rank(tensor: Any) -> int:
-    """Of a tensor, or of a value of a graph that is being written."""
-    return (tensor.node.meta["val"] if isinstance(tensor, fx.Proxy) else tensor).dim()
-
-
 def _not_needed_elsewhere(routing: Routing, block: Bodies) -> frozenset[fx.Node]:
     """The nodes that go; what somebody else reads, such as a mask of picks, stays."""
     nodes = {n for n in routing.nodes if n.op == "call_function" and n.meta["calls"]}
+    nodes |= _only_returned(nodes - {routing.root})
     while True:
         kept = {
             node
@@ -88,3 +73,9 @@ def _not_needed_elsewhere(routing: Routing, block: Bodies) -> frozenset[fx.Node]
         if not kept:
             return frozenset(nodes)
         nodes -= kept
+
+
+def _only_returned(nodes: set[fx.Node]) -> set[fx.Node]:
+    """What is computed from the nodes for the result of a module alone."""
+    users = {user for node in nodes for user in node.users if user.op == "call_function"} - nodes
+    return {n for n in users if n.users and all(user.target is exit for user in n.users)}

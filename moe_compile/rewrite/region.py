@@ -85,7 +85,8 @@ def _row_wise(node: fx.Node, rows: list[str]) -> bool:
     if torch.Tag.pointwise in operator.tags or operator._schema.name in _POINTWISE:
         ranks = {value(source).dim() for source in node.all_input_nodes}
         return ranks == {value(node).dim()}  # broadcasting to a higher rank could pair rows
-    return operator in _WITHIN_ROWS and schema_arguments(node)["dim"] >= len(rows)
+    dim = schema_arguments(node)["dim"] if operator in _WITHIN_ROWS else 0
+    return dim % value(node).dim() >= len(rows)
 
 
 def _has_rows(result: Any, rows: list[str]) -> bool:

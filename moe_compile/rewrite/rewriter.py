@@ -32,8 +32,8 @@ def apply(match: Match, pass_name: str) -> fx.Node:
         "kind": match.pattern.kind,
         "crosses": crossed | _inherited_crossings(match),
     }
-    new = _write(match, inherited)
-    root.replace_all_uses_with(_in_dtype_of(root, new))
+    new, result = _write(match, inherited)
+    root.replace_all_uses_with(result)
     for node in list(graph.nodes):
         if node.target in (enter, exit) and node.args[0] in crossed:
             graph.erase_node(node)
@@ -45,35 +45,26 @@ def apply(match: Match, pass_name: str) -> fx.Node:
     return new
 
 
-def _in_dtype_of(root: fx.Node, new: fx.Node) -> fx.Node:
-    """The new value in the dtype of the old one: experts give that of their tokens."""
-    wanted, given = root.meta["val"], new.args[0]
-    if new.target is not ops.experts or wanted.dtype == given.meta["val"].dtype:  # type: ignore[union-attr]
-        return new
-    new.meta["val"] = wanted.to(given.meta["val"].dtype)  # type: ignore[union-attr]
-    with root.graph.inserting_after(new):
-        cast = root.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
-    cast.meta = {"val": wanted, "calls": new.meta["calls"]}
-    return cast
-
-
 def _inherited_crossings(match: Match) -> frozenset[int]:
     """What earlier rewrites inside this match had crossed already."""
     return frozenset(call for node in match.nodes for call in node.meta.get("crosses", ()))
 
 
-def _write(match: Match, meta: dict[str, Any]) -> fx.Node:
-    """Runs `after` on proxies, which appends its nodes before the root."""
-    graph = match.root.graph
-    tracer = _Tracer(graph)
-    before = set(graph.nodes)
+def _write(match: Match, meta: dict[str, Any]) -> tuple[fx.Node, fx.Node]:
+    """Runs `after` on proxies, which appends its nodes before the root.
+
+    Returns:
+        the node of the canonical op, and the one that takes the root's place.
+    """
+    graph, wanted = match.root.graph, match.root.meta["val"].dtype
+    tracer = _Writer(graph, meta)
     with graph.inserting_before(match.root):
         arguments = {n: _argument(bound, tracer) for n, bound in match.bindings.items()}
         result: Any = match.pattern.after(**arguments, **match.choice)
-    assert isinstance(result.node.target, CanonicalOp), "a pattern ends in one canonical op"
-    for node in sorted(set(graph.nodes) - before):
-        node.meta = dict(meta) if node is result.node else meta | {"val": _fake_value(node)}
-    return result.node
+        if result.node.meta["val"].dtype != wanted:
+            result = torch.ops.aten.to.dtype(result, wanted)
+    assert len(tracer.canonical) == 1, "a pattern writes one canonical op"
+    return tracer.canonical[0], result.node
 
 
 def _argument(bound: Any, tracer: GraphAppendingTracer) -> Any:
@@ -83,14 +74,37 @@ def _argument(bound: Any, tracer: GraphAppendingTracer) -> Any:
     return fx.Proxy(bound, tracer) if isinstance(bound, fx.Node) else bound
 
 
+class _Writer(GraphAppendingTracer):
+    """Appends nodes with their notes; lets a captured region stand as an argument."""
+
+    def __init__(self, graph: fx.Graph, meta: dict[str, Any]) -> None:
+        super().__init__(graph)
+        self.meta = meta
+        self.canonical: list[fx.Node] = []
+
+    def create_arg(self, a: Any) -> Any:
+        return a if isinstance(a, Region) else super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta = dict(self.meta)
+        if isinstance(node.target, CanonicalOp):
+            self.canonical.append(node)
+            node.meta["val"] = self._result(node)
+        else:
+            node.meta["val"] = _fake_value(node)
+        return node
+
+    def _result(self, node: fx.Node) -> Any:
+        """The root's value; experts give it in the dtype of their tokens."""
+        value, first = self.meta["val"], node.args[0]
+        if node.target is not ops.experts:
+            return value
+        with detect_fake_mode([value]):  # type: ignore[union-attr]
+            return value.to(first.meta["val"].dtype)  # type: ignore[union-attr]
+
+
 def _fake_value(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with detect_fake_mode(pytree.tree_leaves(args)):  # type: ignore[union-attr]
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-class _Tracer(GraphAppendingTracer):
-    """Lets a captured region stand as an argument."""
-
-    def create_arg(self, a: Any) -> Any:
-        return a if isinstance(a, Region) else super().create_arg(a)

@@ -184,8 +184,8 @@ def _log1p(x: Tensor) -> Tensor:
     return uninterpreted("log", add(x, 1))
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    return inverse((1 + _exp(-x % P)) % P)
+def _sigmoid(real: Tensor, x: Tensor) -> Tensor:
+    return _where(real == 0, 0, inverse((1 + _exp(-x % P)) % P))
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -269,7 +269,6 @@ _EXACT: dict[OpOverload | OpOverloadPacket, Function] = {
     aten.pow.Tensor_Tensor: _transcendental("pow"),
     aten.sqrt: _sqrt,
     aten.rsqrt: _rsqrt,
-    aten.sigmoid: _sigmoid,
     aten.expm1: _expm1,
     aten.log: _transcendental("log"),
     aten.log1p: _log1p,
@@ -293,6 +292,7 @@ _EXACT: dict[OpOverload | OpOverloadPacket, Function] = {
 # The reals take part: the underflow that makes a masked score vanish, and the order of a sort.
 _DECIDED: dict[OpOverloadPacket, Function] = {
     aten.exp: _exp_or_zero,
+    aten.sigmoid: _sigmoid,
     aten.sort: _sort,
     aten.topk: _topk,
 }

@@ -117,7 +117,7 @@ class Verifier:
         call_args, tensors = self._inputs(graph, owner, variant, seed)
         captured = _program(graph, graph.captured, call)
         with autocast(graph.mode, tensors[0].device):
-            new, used = run(program, owner, tensors)
+            new, used = _run_rewrite(program, owner, tensors)
             own, _ = run(_own_forward(call_args), owner, tensors, used)
             same, _ = run(captured, owner, tensors, used)
             eps = _epsilon(owner, tensors)
@@ -189,6 +189,15 @@ def run(
     )
     named = {f"output {i}": o.detach() for i, o in zip(used, outputs, strict=True)}
     return named | {f"gradient of {n}": g for n, g in zip(sources, grads, strict=True)}, used
+
+
+def _run_rewrite(
+    program: Program, owner: nn.Module, tensors: list[Tensor]
+) -> tuple[Values, list[int]]:
+    try:
+        return run(program, owner, tensors)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a kernel's own refusal
+        raise Refuse(f"verification failed: the rewrite does not run: {error}") from error
 
 
 def _program(unit: UnitGraph, stage: fx.Graph, call: int) -> Program:

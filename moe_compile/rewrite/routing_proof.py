@@ -1,0 +1,328 @@
+"""Runs what surrounds experts with random functions in their place: numbers, then exact proofs."""
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from moe_compile.rewrite.expert_bodies import Bodies, Step
+from moe_compile.rewrite.normal_form import aten, schema_arguments, value
+from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.weighted_sum import weighted_sum
+from moe_compile.verify.in_float64 import InFloat64
+from moe_compile.verify.oracle import Disproved, prove
+
+_SHAPE_ONLY = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+}
+_SAME_IDS = {aten.to.dtype, aten.reshape.default, aten.clone.default, operator.getitem}
+_SELECTIONS = {
+    aten.topk.default,
+    aten.sort.default,
+    aten.argmax.default,
+    aten.argsort.default,
+    aten.max.dim,
+}
+_Sizes = dict[Any, Any]
+_RANK = 2
+_FAILURES = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
+"""What foreign code raises where it depends on more than it is given."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a graph that computes `root` from tokens, ids and one more value alone.
+
+    Attributes:
+        tokens, ids: [T, H]; [T, K] or [T].
+        free: [T, ...], what the weights are computed from; None where they are constants.
+        inner: the nodes between these and the root, in order.
+        bodies: the experts among them.
+    """
+
+    root: fx.Node
+    tokens: fx.Node
+    ids: fx.Node
+    free: fx.Node | None
+    inner: list[fx.Node]
+    bodies: Bodies
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the canonical form may be: which weights, and see `weighted_sum`."""
+
+    weights: fx.Node
+    full: bool
+    weigh_input: bool
+    identity: bool
+
+
+def disproof(cut: Cut, form: Form) -> str | None:
+    """Why the nodes are not the canonical op; None where they are."""
+    distinct = _are_distinct(cut.ids)
+    for tokens, repeats in ((5, False), (2, False), (3, True)):
+        if repeats and distinct:
+            continue
+        try:
+            _prove_once(cut, form, tokens, repeats)
+        except Disproved as problem:
+            return f"the result is no weighted sum of the picked experts: {problem}"
+        except _FAILURES as error:
+            return _not_alone(error)
+    return None
+
+
+def _are_distinct(ids: fx.Node) -> bool:
+    """Whether a token's picks differ, as top-k's do."""
+    source = _selection(ids)
+    selects = source is not None and source.target in (aten.topk.default, aten.sort.default)
+    return selects or per_row(ids) == 1
+
+
+def _selection(ids: fx.Node) -> fx.Node | None:
+    """The node that selects, where ids are what it gives."""
+    source: Any = ids
+    while isinstance(source, fx.Node) and source.target in _SAME_IDS:
+        source = source.args[0]
+    found = isinstance(source, fx.Node) and source.target in _SELECTIONS
+    return source if found else None
+
+
+def choices_of(ids: fx.Node, experts: int) -> int:
+    """How many values ids can have: what they are selected from may be more than the experts."""
+    source = _selection(ids)
+    if source is None:
+        return experts
+    scores = value(source.args[0])  # type: ignore[arg-type]
+    dim = schema_arguments(source).get("dim", -1)
+    size = scores.shape[-1 if dim is None else dim]
+    return max(size, experts) if isinstance(size, int) else experts
+
+
+def per_row(node: fx.Node) -> int:
+    """How many values a row has."""
+    return value(node).shape[1:].numel()
+
+
+def flows_into(node: fx.Node) -> list[fx.Node]:
+    """Whose values a node's value depends on; of some tensors it is only the shape."""
+    return node.all_input_nodes[node.target in _SHAPE_ONLY :]
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a size, not a tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, int)) or (
+        node.target is aten.sym_size.int
+    )
+
+
+def agrees(cut: Cut, forms: Iterable[Form]) -> Iterator[Form]:
+    """The forms that give what the nodes give on random numbers: worth an exact proof.
+
+    Raises:
+        Refuse: the nodes cannot be run on their own.
+    """
+    inputs = _inputs(cut, 5, repeats=False)
+    with InFloat64(), torch.no_grad():
+        try:
+            expected = _before(cut)(*inputs)
+        except _FAILURES as error:
+            raise Refuse(_not_alone(error), cut.root) from None
+        for form in forms:
+            actual = _after(cut, form)(*inputs)
+            if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-8):
+                yield form
+
+
+def _not_alone(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"what is around the experts cannot be run on its own: {first_line}"
+
+
+def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
+    with InFloat64():
+        prove(_before(cut), _after(cut, form), _inputs(cut, tokens, repeats=repeats))
+
+
+def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
+    """Random ids, tokens, free values and functions."""
+    bodies, picks = cut.bodies, per_row(cut.ids)
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.1
+
+    chance = torch.rand(tokens, choices_of(cut.ids, bodies.count), generator=generator)
+    ids = torch.multinomial(chance, picks, replacement=repeats, generator=generator)
+    given = [
+        random(tokens, value(cut.tokens).shape[1]),
+        random(1) if cut.free is None else random(tokens, *value(cut.free).shape[1:]),
+        random(bodies.count, value(cut.tokens).shape[1], _RANK),
+        random(_RANK, _up_width(bodies)),
+        random(_hidden_width(bodies), _RANK),
+        random(bodies.count, _RANK, value(bodies.results[0]).shape[-1]),
+        random(bodies.count, value(bodies.results[0]).shape[-1]),
+    ]
+    shaped = ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
+    return [shaped, *(given if _has_offset(bodies) else given[:-1])]
+
+
+def _up_width(bodies: Bodies) -> int:
+    """What the activation takes of a row."""
+    return value(next(iter(bodies.activation.graph.nodes))).shape[-1]
+
+
+def _hidden_width(bodies: Bodies) -> int:
+    """What the activation gives a row."""
+    return next(value(step.result).shape[-1] for step in bodies.steps if step.kind == "act")
+
+
+def _has_offset(bodies: Bodies) -> bool:
+    """Whether an expert may give something for a row of zeros; if not, zeros may stand for none."""
+    if bodies.down_bias is not None or bodies.up_bias:
+        return True
+    sample = torch.zeros(1, _up_width(bodies))
+    return bool(bodies.activation(sample).abs().max() > 0)
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """Random functions in the place of the bodies; each expert has its own.
+
+    A product has the width of the real one and rank 2, so that large experts cost little: `up` is
+    [E, H, 2] and [2, N], `down` [I, 2] and [E, 2, Hout].
+    """
+
+    up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+    bias: Tensor | None
+
+    def product(self, step: Step, expert: int, rows: Tensor) -> Tensor:
+        """Rows of one expert after a product."""
+        if step.kind == "up":
+            width = value(step.result).shape[-1]
+            wide = self.up[1][:, step.place * width : (step.place + 1) * width]
+            return rows @ self.up[0][expert] @ wide
+        result = rows @ self.down[0] @ self.down[1][expert]
+        return result if self.bias is None else result + self.bias[expert]
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        """Of rows one by one: neither linear nor even, and zero at zero."""
+        width = self.down[0].shape[0]
+        return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
+
+    def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
+        """The result of one step."""
+        values: list[Tensor] = [env[node] for node in step.inputs]
+        if step.kind == "act":
+            return self.activation(torch.cat(values, -1))
+        if step.expert is not None:
+            return self.product(step, step.expert, values[0])
+        if step.ends is None:
+            return torch.stack([self.product(step, e, own) for e, own in enumerate(values[0])])
+        ends = [0, *env[step.ends].tolist()]
+        pieces = [values[0][start:end] for start, end in itertools.pairwise(ends)]
+        results = [self.product(step, e, own) for e, own in enumerate(pieces)]
+        beyond = values[0].shape[0] - ends[-1]
+        return torch.cat([*results, results[0].new_zeros(beyond, results[0].shape[1])])
+
+
+def _before(cut: Cut) -> Callable[..., Tensor]:
+    """The nodes as they stand, with a random function for each body."""
+    results = {step.result: step for step in cut.bodies.steps}
+    calls = [node for node in cut.inner if node.op == "call_function"]
+    steps = [node for node in calls if node not in cut.bodies.nodes or node in results]
+
+    def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
+        own = _functions(functions)
+        env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
+        sizes = _sizes(cut, len(x))
+        for node in steps:
+            env[node] = own.run(results[node], env) if node in results else _step(node, env, sizes)
+        return env[cut.root]
+
+    return run
+
+
+def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
+    """The canonical op on the same functions."""
+
+    def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
+        own = _functions(functions)
+        env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
+        return weighted_sum(
+            x,
+            ids,
+            _value_of(form.weights, env, _sizes(cut, len(x))),
+            own.up[0],
+            own.down[1],
+            lambda hidden: own.activation(hidden @ own.up[1]) @ own.down[0],
+            None,
+            own.bias,
+            transposed=True,
+            weigh_input=form.weigh_input,
+            full=form.full,
+            identity=form.identity,
+        )
+
+    return run
+
+
+def _functions(tensors: tuple[Tensor, ...]) -> _Functions:
+    up, wide, narrow, down, *bias = tensors
+    return _Functions((up, wide), (narrow, down), bias[0] if bias else None)
+
+
+def _value_of(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
+    """A node's value, from those that are known."""
+    if node not in env:
+        for source in flows_into(node):
+            _value_of(source, env, sizes)
+        env[node] = _step(node, env, sizes)
+    return env[node]
+
+
+def _step(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
+    """Runs one node; a size that nothing known has is computed from the number of tokens."""
+    if is_size(node) and not all(source in env for source in node.all_input_nodes):
+        return _size(value(node), sizes)
+
+    def real(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return env[argument] if argument in env else _shaped_like(value(argument), sizes)
+        if isinstance(argument, torch.SymInt):
+            return _size(argument, sizes)
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    is_leaf: Callable[[Any], bool] = lambda a: isinstance(a, fx.Node)  # noqa: E731
+    args, kwargs = pytree.tree_map(real, (tuple(node.args), dict(node.kwargs)), is_leaf=is_leaf)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _shaped_like(fake: Tensor, sizes: _Sizes) -> Tensor:
+    shape: list[Any] = list(fake.shape)
+    return torch.zeros([_size(size, sizes) for size in shape], dtype=torch.float64)
+
+
+def _sizes(cut: Cut, tokens: int) -> _Sizes:
+    """Values of the symbolic sizes: one of those that count tokens has all, the others are one."""
+    count: Any = value(cut.tokens).shape[0]
+    *others, last = sorted(count.node.expr.free_symbols, key=str)
+    return dict.fromkeys(others, 1) | {last: tokens}
+
+
+def _size(size: Any, sizes: _Sizes) -> int:
+    return size if isinstance(size, int) else int(size.node.expr.xreplace(sizes))

@@ -75,6 +75,7 @@ class _Cutter:
         self.still_made = {n.args[0] for n in unit.graph.nodes if n.target is enter}
         self.env: dict[fx.Node, Any] = {}
         self.children: dict[int, fx.Node] = {}
+        self.counts: dict[Any, fx.Node] = {}  # numbers that depend on data
 
     def run(self) -> Cut:
         first, last, inside = self._span()
@@ -115,6 +116,8 @@ class _Cutter:
         copy = self.graph.node_copy(node, self._resolve)
         copy.meta = dict(node.meta)
         self.env[node] = copy
+        if isinstance(node.meta["val"], torch.SymInt):
+            self.counts[node.meta["val"].node.expr] = copy
 
     def _kept_child(self, node: fx.Node) -> int | None:
         """The outermost call below the owner that the node lies in and that is still made."""
@@ -143,8 +146,7 @@ class _Cutter:
     def _plain(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.SymInt):
             return leaf
-        found = (copy for node, copy in self.env.items() if _is_size(node.meta.get("val"), leaf))
-        return next(found, None) or self._size(leaf.node.expr)
+        return self.counts.get(leaf.node.expr) or self._size(leaf.node.expr)
 
     def _take_outputs(self, call: ModuleCall, ends: fx.Node, result: fx.Node) -> None:
         assert call.output_spec is not None
@@ -154,6 +156,8 @@ class _Cutter:
             if number in positions:
                 output: Any = positions[number]
                 self.env[output] = self._follow(result, keys)
+            elif isinstance(call.outputs[number], torch.SymInt):
+                self.counts[call.outputs[number].node.expr] = self._follow(result, keys)
 
     def _follow(self, node: fx.Node, keys: Any) -> fx.Node:
         for key in keys:
@@ -175,7 +179,7 @@ class _Cutter:
         if isinstance(value, int):
             return value
         if isinstance(value, torch.SymInt):
-            return self._size(value.node.expr)
+            return self._plain(value)
         raise Refuse(f"{self.path or 'the layer'} reads {node}, which is not its argument", node)
 
     def _size(self, expression: Any) -> Any:
@@ -258,11 +262,6 @@ def _dropped(value: Any) -> bool:
     """Whether a keyword is a stand-in that nothing looked at."""
     leaves = pytree.tree_leaves(value)
     return any(isinstance(leaf, Untouched) for leaf in leaves)
-
-
-def _is_size(value: Any, size: torch.SymInt) -> bool:
-    """Whether a value is a certain symbolic size."""
-    return isinstance(value, torch.SymInt) and value.node.expr == size.node.expr
 
 
 def _is_read_off(value: Any) -> bool:

@@ -14,8 +14,6 @@ from moe_compile.rewrite.unit_graph import UnitGraph
 
 _SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
 _MAX = torch.ops.aten.max.dim
-_CLOSE = 0.25
-"""A pattern of which less fits is another thing altogether."""
 _NEW_PATTERN = "write a pattern (docs/new_architecture.md)"
 
 
@@ -29,7 +27,7 @@ def summarize(
     """The report of one run."""
     sites: list[Site] = []
     for group, graphs in zip(groups, units, strict=True):
-        if group.problem is not None and not group.parts:
+        if group.problem is not None and (not group.parts or group.holds_experts):
             sites.append(_uncaptured(group))
         if graphs:
             sites += _routing_sites(group, graphs[0])
@@ -84,7 +82,7 @@ def _is_selection(node: fx.Node) -> bool:
 
 
 def _unmatched(name: str, layers: int, unit: UnitGraph, selection: fx.Node) -> Site:
-    misses = [m for m in unit.near_misses.values() if m.kind == "experts" and m.share() >= _CLOSE]
+    misses = [m for m in unit.near_misses.values() if m.kind == "experts" and m.is_close()]
     best = max(misses, key=NearMiss.share, default=None)
     near = _nothing_near(selection) if best is None else _near(best)
     reason = f"{best.progress()}; at {best.node}: {best.reason}" if best else near.reason
@@ -100,7 +98,9 @@ def _near(miss: NearMiss) -> NearMissReport:
 def _nothing_near(selection: fx.Node) -> NearMissReport:
     node = f"{selection}, {source_of(selection)}"
     reason = "no known experts follow this selection"
-    return NearMissReport(None, "no pattern fits by a quarter", node, reason, _NEW_PATTERN)
+    return NearMissReport(
+        None, "no pattern has more than two operations that fit", node, reason, _NEW_PATTERN
+    )
 
 
 def _routers(unit: UnitGraph) -> set[str]:

@@ -139,6 +139,29 @@ def test_a_refusal_names_the_line_of_the_source() -> None:
     assert near.node.endswith("out = out.index_add(0, token, result**3)")
 
 
+class NeedsSize(OddExperts):
+    """Code of its own that cannot be captured, around a child that can."""
+
+    def __init__(self) -> None:
+        super().__init__("topk")
+        self.up = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        rows = torch.arange(len(x))
+        return x + (self.up[ids] @ x[rows, :, None, :, None] * weights[..., None, None])[
+            ..., 0
+        ].sum(2)
+
+
+def test_a_block_that_cannot_be_captured_is_refused_though_its_children_can() -> None:
+    report = moe_compile.explain(nn.Sequential(NeedsSize()), example_inputs=(torch.randn(2, 5, 8),))
+    (site,) = (site for site in report.sites if site.kind == "experts")
+    assert (site.module, site.status) == ("0", "refused")
+    assert site.reason is not None
+    assert site.reason.endswith("in forward: rows = torch.arange(len(x)))")
+
+
 def test_where_no_pattern_is_near_the_selection_is_named() -> None:
     near, _ = refused(OddExperts("topk"))
     assert near.pattern is None

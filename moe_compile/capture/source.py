@@ -9,6 +9,7 @@ import functools
 import linecache
 import sys
 import sysconfig
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,14 @@ def recorded_lines() -> Generator[None]:
 
     with mock.patch.object(fx.Graph, "create_node", create_node):
         yield
+
+
+def line_of(error: Exception) -> str | None:
+    """The innermost line of a model that was running when the error was raised."""
+    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if _is_model_code(frame.f_code.co_filename, frame.f_globals.get("__name__", "")):
+            return _described(frame.f_code.co_filename, number, frame.f_code.co_name)
+    return None
 
 
 def _line(frame: FrameType | None, outermost: FrameType) -> str | None:

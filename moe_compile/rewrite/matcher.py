@@ -60,6 +60,10 @@ class NearMiss:
         """How much of the pattern fitted, from 0 to 1."""
         return max(self.matched, 0) / max(self.total, 1)
 
+    def is_close(self) -> bool:
+        """Whether it is more than a sum or a product that many idioms have."""
+        return self.matched > 2 or self.share() >= 0.5
+
     def progress(self) -> str:
         """How far it got, in words."""
         return self.stage or f"{self.matched} of {self.total} operations fit"
@@ -79,7 +83,7 @@ class NearMiss:
         remedy: str | None = None,
     ) -> None:
         """Keeps the attempt if it got further than the one before."""
-        if (matched, depth) > (self.matched, self.depth):
+        if (matched, depth, -total) > (self.matched, self.depth, -self.total):
             self.matched, self.total, self.reason, self.depth = matched, total, reason, depth
             self.node, self.source, self.remedy = str(node), source_of(node), remedy
             self.calls = node.meta.get("calls", ()) if isinstance(node, fx.Node) else ()

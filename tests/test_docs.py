@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import linecache
 import re
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,30 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ["new_architecture.md"]
-_BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_TIMES = re.compile(r"^\d+ captures; .*$", re.MULTILINE)
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def run(code: str, name: str, namespace: dict[str, Any]) -> str:
-    """What a block prints; its lines can be shown, as those of a file."""
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+def run(page: Path, text: str, block: re.Match[str], namespace: dict[str, Any]) -> str:
+    """What a block prints; its lines have the numbers that they have on the page."""
+    above = text.count("\n", 0, block.start(2))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, name, "exec"), namespace)
-    return _TIMES.sub("", printed.getvalue())
+        exec(compile("\n" * above + block[2], page, "exec"), namespace)
+    return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_page_prints_what_it_shows(page: str) -> None:
-    namespace: dict[str, Any] = {"__name__": "page"}
-    printed = ""
-    for number, (language, block) in enumerate(_BLOCK.findall((DOCS / page).read_text())):
-        if language == "python":
-            printed = run(block, f"{page}_{number}.py", namespace)
+def plain(text: str) -> str:
+    """Without what differs between releases of torch: the numbers of nodes, and widths."""
+    words = re.sub(r"(?<=[a-z])_\d+\b", "", text).replace("-", "").split()
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_prints_what_it_shows(name: str) -> None:
+    page, namespace = DOCS / name, dict[str, Any](__name__="page")
+    text, printed = page.read_text(encoding="utf-8"), ""
+    for block in BLOCK.finditer(text):
+        if block[1] == "python":
+            printed = run(page, text, block, namespace)
         else:
-            shown = [line.strip() for line in block.strip().splitlines()]
-            assert "\n".join(shown) in "\n".join(line.strip() for line in printed.splitlines())
+            assert plain(block[2]) in plain(printed)

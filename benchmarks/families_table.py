@@ -184,8 +184,9 @@ def summary(rows: dict[str, Row]) -> str:
     text = f"Of {len(rows)} families, {whole} have all of their experts rewritten and {partly} some"
     if ran:
         text += (
-            f"; on two ranks {ran.count('yes')} of {len(ran)} give one process's loss and gradients"
+            f"; spread over two ranks, {ran.count('yes')} of {len(ran)} give the loss and every "
         )
+        text += "gradient of one process"
     return f"{text}."
 
 

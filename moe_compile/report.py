@@ -7,6 +7,35 @@ Status = Literal["rewritten", "kept", "refused"]
 
 
 @dataclass(frozen=True)
+class NearMissReport:
+    """What came closest where experts were refused.
+
+    Attributes:
+        pattern: the closest pattern; None if no operation of any fitted.
+        progress: how far it got.
+        node: the first node of the graph that did not fit, with its line in the model's source.
+        reason: why it did not fit.
+        remedy: what would make it match.
+    """
+
+    pattern: str | None
+    progress: str
+    node: str
+    reason: str
+    remedy: str
+
+    def lines(self, module: str, layers: int) -> list[str]:
+        """Five lines, to be read in order."""
+        return [
+            f"{module} ({layers} {'layer' if layers == 1 else 'layers'}) is refused",
+            f"  closest pattern:  {self.pattern or 'none'}",
+            f"  how far:          {self.progress}",
+            f"  first misfit:     {self.node}",
+            f"  why:              {self.reason}; to match: {self.remedy}",
+        ]
+
+
+@dataclass(frozen=True)
 class Site:
     """One idiom in one group of identical layers.
 
@@ -18,6 +47,7 @@ class Site:
         status: rewritten; kept (recognised, and the original is as fast); or refused.
         reason: why it was not rewritten; None only when it was.
         provider: who implements it; None if it was not rewritten.
+        near_miss: of refused experts, what came closest; None where there is no graph of them.
     """
 
     module: str
@@ -27,6 +57,7 @@ class Site:
     status: Status
     reason: str | None = None
     provider: str | None = None
+    near_miss: NearMissReport | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,7 @@ class PassSummary:
 class Report:
     """The result of `optimize` or `explain`. `str()` is a table, `to_json()` a dict.
 
+    Below the table are five lines for each experts that were refused: the near miss.
     `dispatchers` are the providers that carry tokens between ranks; to each belongs the reason why
     the one that was preferred, or asked for, could not. They are part of `mesh` in the dict.
     """
@@ -69,6 +101,10 @@ class Report:
         header = ("module", "layers", "kind", "pattern", "status", "provider or reason")
         rows = [_row(site) for site in self.sites]
         lines = _table(header, rows)
+        for site in self.sites:
+            if site.near_miss is not None:
+                lines += ["", *site.near_miss.lines(site.module, site.layers)]
+        lines += [""] if any(site.near_miss for site in self.sites) else []
         if not any(site.kind == "experts" for site in self.sites):
             lines.append("No mixture-of-experts block was found in this model.")
         for name, reason in self.dispatchers.items():

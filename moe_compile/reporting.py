@@ -8,11 +8,13 @@ from torch import fx
 from moe_compile.capture.group import Group
 from moe_compile.install.sites import Installation
 from moe_compile.ops import dispatch, experts
-from moe_compile.report import PassSummary, Report, Site
+from moe_compile.report import NearMissReport, PassSummary, Report, Site
+from moe_compile.rewrite.matcher import NearMiss, source_of
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 _SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
 _MAX = torch.ops.aten.max.dim
+_NEW_PATTERN = "write a pattern (docs/new_architecture.md)"
 
 
 def summarize(
@@ -25,7 +27,7 @@ def summarize(
     """The report of one run."""
     sites: list[Site] = []
     for group, graphs in zip(groups, units, strict=True):
-        if group.problem is not None and not group.parts:
+        if group.problem is not None and (not group.parts or group.holds_experts):
             sites.append(_uncaptured(group))
         if graphs:
             sites += _routing_sites(group, graphs[0])
@@ -68,7 +70,7 @@ def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
             reason = "it runs as written: the experts need only its ids and weights"
             sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
         elif path not in sites:
-            sites[path] = _unmatched(name, len(group.names), unit)
+            sites[path] = _unmatched(name, len(group.names), unit, node)
     return list(sites.values())
 
 
@@ -79,14 +81,26 @@ def _is_selection(node: fx.Node) -> bool:
     return node.target in _SELECTIONS
 
 
-def _unmatched(name: str, layers: int, unit: UnitGraph) -> Site:
-    misses = [m for n, m in unit.near_misses.items() if n.endswith("experts") and m.matched > 0]
-    if not misses:
-        reason = "no known experts follow this selection"
-        return Site(name, layers, "experts", None, "refused", reason)
-    best = max(misses, key=lambda miss: miss.matched / max(miss.total, 1))
-    reason = f"{best.matched} of {best.total} operations fit; at {best.node}: {best.reason}"
-    return Site(name, layers, "experts", best.pattern, "refused", reason)
+def _unmatched(name: str, layers: int, unit: UnitGraph, selection: fx.Node) -> Site:
+    misses = [m for m in unit.near_misses.values() if m.kind == "experts" and m.is_close()]
+    best = max(misses, key=NearMiss.share, default=None)
+    near = _nothing_near(selection) if best is None else _near(best)
+    reason = f"{best.progress()}; at {best.node}: {best.reason}" if best else near.reason
+    return Site(name, layers, "experts", near.pattern, "refused", reason, near_miss=near)
+
+
+def _near(miss: NearMiss) -> NearMissReport:
+    remedy = miss.remedy or f"spell it as `before` in {miss.file}, or {_NEW_PATTERN}"
+    node = f"{miss.node}, {miss.source}" if miss.source else miss.node
+    return NearMissReport(miss.pattern, miss.progress(), node, miss.reason, remedy)
+
+
+def _nothing_near(selection: fx.Node) -> NearMissReport:
+    node = f"{selection}, {source_of(selection)}"
+    reason = "no known experts follow this selection"
+    return NearMissReport(
+        None, "no pattern has more than two operations that fit", node, reason, _NEW_PATTERN
+    )
 
 
 def _routers(unit: UnitGraph) -> set[str]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile.report import Report
+from moe_compile.report import NearMissReport, Report
 from tests.pairs import pair
 
 KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "loss"}
-SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"}
+SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"} | {"near_miss"}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,80 @@ class OddExperts(nn.Module):
             return x + self.scales[scores.argmax(-1)]
         weights, ids = scores.topk(2)
         return x + (self.scales[ids] * weights.unsqueeze(-1)).sum(-2)
+
+
+class CubedLoop(OddExperts):
+    """A loop over experts whose weights are cubed on the way out, which no mixture does."""
+
+    def __init__(self) -> None:
+        super().__init__("topk")
+        self.up = nn.Parameter(torch.randn(4, 16, 8))
+        self.down = nn.Parameter(torch.randn(4, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 8)
+        weights, ids = self.gate(rows).softmax(-1).topk(2)
+        out = torch.zeros_like(rows)
+        for expert in range(4):
+            token, pick = torch.where(ids == expert)
+            hidden = nn.functional.silu(rows[token] @ self.up[expert].T)
+            result = (hidden @ self.down[expert].T) * weights[token, pick, None]
+            out = out.index_add(0, token, result**3)
+        return out.reshape(x.shape)
+
+
+def refused(block: nn.Module) -> tuple[NearMissReport, str]:
+    model = nn.Sequential(block)
+    report = moe_compile.explain(model, example_inputs=(torch.randn(2, 5, 8),))
+    (site,) = (site for site in report.sites if site.kind == "experts")
+    assert site.status == "refused"
+    assert site.near_miss is not None
+    return site.near_miss, str(report)
+
+
+def test_a_refusal_shows_the_near_miss_in_five_lines() -> None:
+    near, text = refused(CubedLoop())
+    lines = near.lines("0", 1)
+    assert len(lines) == 5
+    assert "\n".join(lines) in text
+    assert near.pattern == "expert_loop"
+    assert "not proven" in near.progress
+    assert near.remedy.startswith("spell it as `before` in moe_compile/patterns/expert_loop.py")
+
+
+def test_a_refusal_names_the_line_of_the_source() -> None:
+    near, _ = refused(CubedLoop())
+    assert "test_report.py:" in near.node
+    assert near.node.endswith("out = out.index_add(0, token, result**3)")
+
+
+class NeedsSize(OddExperts):
+    """Code of its own that cannot be captured, around a child that can."""
+
+    def __init__(self) -> None:
+        super().__init__("topk")
+        self.up = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 8)
+        picked = self.gate(tokens).argmax(-1)
+        rows = torch.arange(int(tokens.shape[0]))
+        return (self.up[picked] @ tokens[rows, :, None])[..., 0].reshape(x.shape)
+
+
+def test_a_block_that_cannot_be_captured_is_refused_though_its_children_can() -> None:
+    report = moe_compile.explain(nn.Sequential(NeedsSize()), example_inputs=(torch.randn(2, 5, 8),))
+    (site,) = (site for site in report.sites if site.kind == "experts")
+    assert (site.module, site.status) == ("0", "refused")
+    assert site.reason is not None
+    assert site.reason.endswith("in forward: rows = torch.arange(int(tokens.shape[0])))")
+
+
+def test_where_no_pattern_is_near_the_selection_is_named() -> None:
+    near, _ = refused(OddExperts("topk"))
+    assert near.pattern is None
+    assert near.node.endswith("weights, ids = scores.topk(2)")
+    assert "docs/new_architecture.md" in near.remedy
 
 
 @pytest.mark.parametrize("select", ["topk", "argmax", "max"])

@@ -4,7 +4,7 @@ Two units share a capture when they have the same structure, are called alike, a
 plain attribute that the traced code read; never because their class has the same name.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from moe_compile.capture.forms import Form, call_forms, children_calls
 from moe_compile.capture.probe import Call, describe, structure
 from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.source import line_of
 from moe_compile.capture.trace import Capture, Mode, trace
 
 
@@ -29,7 +30,8 @@ class Group:
         problem: why the units could not be captured, or None.
         parts: how uncaptured units call their children, which are then units of their own.
         is_part: whether these are such children.
-        holds_experts: whether uncaptured units may hold experts, by the shape of their parameters.
+        holds_experts: whether uncaptured units may hold experts, by the shape of their parameters:
+            those of `parts` left out.
     """
 
     names: list[str]
@@ -73,15 +75,22 @@ def _capture(shadow: Shadow, unit: nn.Module, call: Call) -> Group:
             capture = trace(shadow, unit, forms[0][0], Mode(), matters)
             return Group([], capture, forms, matters)
         except Exception as error:  # foreign code may fail in any way; the report says how
-            problem = problem or describe(error)
+            problem = problem or _described(error)
             forms = [form for form in forms if form[0] is not forms[0][0]]
     parts = children_calls(shadow, unit, call)
-    return Group([], None, problem=problem, parts=parts, holds_experts=_may_hold_experts(unit))
+    holds_experts = _may_hold_experts(unit, parts)
+    return Group([], None, problem=problem, parts=parts, holds_experts=holds_experts)
 
 
-def _may_hold_experts(unit: nn.Module) -> bool:
+def _described(error: Exception) -> str:
+    line = line_of(error)
+    return describe(error) + (f" ({line})" if line else "")
+
+
+def _may_hold_experts(unit: nn.Module, parts: Iterable[str]) -> bool:
     """Whether it has a list of modules, or a stack of matrices that is no convolution's."""
-    owners = [m for m in unit.modules() if not isinstance(m, _ConvNd)]
+    apart = {m for path in parts for m in unit.get_submodule(path).modules()}
+    owners = [m for m in unit.modules() if m not in apart and not isinstance(m, _ConvNd)]
     stacks = any(p.dim() == 3 for m in owners for p in m.parameters(recurse=False))
     return stacks or any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in owners)
 

@@ -23,6 +23,7 @@ from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.untouched import Touched, Untouched
 
 _ASSERTS = {
@@ -48,8 +49,9 @@ class Capture:
     Attributes:
         graph: aten ops over `get_attr` nodes (parameters, by their name inside the unit), with an
             `enter` and an `exit` node around every submodule call. `node.meta["val"]` is the fake
-            value, `node.meta["calls"]` the calls that the node lies in, outermost first, and
-            `node.meta["function"]` the custom autograd function that it lies in, or None.
+            value, `node.meta["calls"]` the calls that the node lies in, outermost first,
+            `node.meta["function"]` the custom autograd function that it lies in, or None, and
+            `node.meta["source"]` the line of the model's source that it comes from.
         calls: the calls; number 0 is the unit itself.
         reads: the attributes that decide whether another unit may share this capture.
     """
@@ -114,7 +116,7 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
         for i, tensor in zip(where, inputs, strict=True):
             filled[i] = tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        with log.recording(), traceable(), autocast(mode, shadow.device):
+        with log.recording(), traceable(), autocast(mode, shadow.device), recorded_lines():
             values = dict(zip(names, state, strict=True))
             return torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
 
@@ -186,7 +188,7 @@ def _with_boundaries(traced: fx.Graph, names: list[str]) -> fx.Graph:
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
         if node in env and not _is_marked(node):
-            env[node].meta = {"val": node.meta.get("val")}
+            env[node].meta = {"val": node.meta.get("val"), "source": node.meta.get("source")}
         if node in env:
             env[node].meta.setdefault("calls", tuple(open_calls))
     return graph
@@ -208,6 +210,6 @@ def _add_boundary(
         open_calls.append(call)
     inputs = [env[tensor] for tensor in tensors]  # type: ignore[index]
     boundary = graph.call_function(enter if begins else exit, (call, *inputs))
-    boundary.meta = {"val": None, "calls": tuple(open_calls)}
+    boundary.meta = {"val": None, "calls": tuple(open_calls), "source": mark.meta.get("source")}
     if not begins:
         assert open_calls.pop() == call, "module calls must nest"

@@ -1,6 +1,6 @@
 """From rewritten graphs to installable functions, and the sites of the report."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from moe_compile.install.forward import (
     on_one_rank,
     variant,
 )
-from moe_compile.report import Site
+from moe_compile.report import NearMissReport, Site
+from moe_compile.rewrite.matcher import source_of
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
 from moe_compile.verify.parity import OwnCodeFails, Verifier
@@ -89,8 +90,22 @@ def _prepare_owner(
         result.variants = _variants(model, result, units, verifier)
         result.sites = _sites(result, nodes, "rewritten", None)
     except Refuse as refusal:
-        result.sites = _sites(result, nodes, "refused", refusal.reason)
+        sites = _sites(result, nodes, "refused", refusal.reason)
+        result.sites = [_with_near_miss(site, nodes, refusal) for site in sites]
     return result
+
+
+def _with_near_miss(site: Site, nodes: list[fx.Node], refusal: Refuse) -> Site:
+    """Of experts, with what stands against a rewrite whose pattern matched."""
+    if site.kind != "experts":
+        return site
+    own = next(node for node in nodes if node.meta["kind"] == site.kind)
+    node = refusal.node if isinstance(refusal.node, fx.Node) else own
+    where = ", ".join(filter(None, (str(node), source_of(node) or source_of(own))))
+    progress = "all operations fit, but the rewrite cannot be installed"
+    remedy = refusal.remedy or "lift what stands against it; no other pattern is needed"
+    near = NearMissReport(site.pattern, progress, where, refusal.reason, remedy)
+    return replace(site, near_miss=near)
 
 
 def _variants(

@@ -37,23 +37,64 @@ class NearMiss:
 
     Attributes:
         matched: template nodes that fitted, of `total`.
-        node: the graph node that did not fit.
+        kind, file: of the pattern.
+        stage: how far it got, where that is no count of operations.
+        node: the graph node that did not fit; `source`: its line in the model's source.
+        remedy: what would make it match, where that is more than another pattern.
     """
 
     pattern: str
+    kind: str = ""
+    file: str = ""
+    stage: str = ""
     matched: int = -1
     total: int = 0
     node: str = ""
     reason: str = ""
+    source: str | None = None
+    remedy: str | None = None
     depth: int = field(default=0, repr=False)
     calls: tuple[int, ...] = field(default=(), repr=False)
 
-    def offer(self, matched: int, total: int, node: Any, reason: str, depth: int = 0) -> None:
+    def share(self) -> float:
+        """How much of the pattern fitted, from 0 to 1."""
+        return max(self.matched, 0) / max(self.total, 1)
+
+    def is_close(self) -> bool:
+        """Whether it is more than a sum or a product that many idioms have."""
+        return self.matched > 2 or self.share() >= 0.5
+
+    def progress(self) -> str:
+        """How far it got, in words."""
+        return self.stage or f"{self.matched} of {self.total} operations fit"
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> "NearMiss":
+        """Of a pattern that has not been tried yet."""
+        return cls(pattern.name, pattern.kind, type(pattern).__module__.replace(".", "/") + ".py")
+
+    def offer(
+        self,
+        matched: int,
+        total: int,
+        node: Any,
+        reason: str,
+        depth: int = 0,
+        remedy: str | None = None,
+    ) -> None:
         """Keeps the attempt if it got further than the one before."""
-        if (matched, depth) > (self.matched, self.depth):
+        if (matched, depth, -total) > (self.matched, self.depth, -self.total):
             self.matched, self.total, self.reason, self.depth = matched, total, reason, depth
-            self.node = str(node)
+            self.node, self.source, self.remedy = str(node), source_of(node), remedy
             self.calls = node.meta.get("calls", ()) if isinstance(node, fx.Node) else ()
+
+
+def source_of(node: Any) -> str | None:
+    """The line of the model's source that a node comes from; of a parameter, where it is used."""
+    if not isinstance(node, fx.Node):
+        return None
+    lines = (each.meta.get("source") for each in (node, *node.users))
+    return next((line for line in lines if line is not None), None)
 
 
 def find(
@@ -90,7 +131,8 @@ def _match_at(pattern: Pattern, root: fx.Node, miss: NearMiss, mode: Mode) -> Ma
                     pattern.check(match)
                 except Refuse as refusal:
                     node, depth = refusal.node or top, max(depth, refusal.depth)
-                    miss.offer(search.size, search.size, node, refusal.reason, depth)
+                    reason, remedy = refusal.reason, refusal.remedy
+                    miss.offer(search.size, search.size, node, reason, depth, remedy)
                     continue
                 return match
     return None
@@ -130,8 +172,8 @@ class _Search:
             yield from self._unify_region(pattern, node, env)
             return
         if pattern.target is node.target:
-            for extended in self._unify_arguments(pattern, node, env):
-                yield {**extended, pattern: node}
+            # Before its operands, so that a miss below counts what fitted above.
+            yield from self._unify_arguments(pattern, node, {**env, pattern: node})
         if pattern.target in _TRANSPARENT:
             yield from self.unify(_source(pattern), node, env)
         elif node.target in _TRANSPARENT:
@@ -319,7 +361,8 @@ def check_escapes(match: Match) -> None:
     for node in match.nodes:
         if node.meta.get("function"):
             name = node.meta["function"]
-            raise Refuse(f"{name} is a custom autograd function: its backward would be lost", node)
+            reason = f"{name} is a custom autograd function: its backward would be lost"
+            raise Refuse(reason, node, remedy="write it in torch's own operations")
     crossed, owner = crossed_calls(match), owner_calls(match)[-1]
     for node in match.nodes - {match.root}:
         for user in node.users:
@@ -329,7 +372,8 @@ def check_escapes(match: Match) -> None:
                 continue
             if user.target is exit and user.args[0] == owner and not user.meta["observed"]:
                 continue
-            raise Refuse(f"the inner value {node} is used by {user} outside the idiom", node)
+            reason = f"the inner value {node} is used by {user} outside the idiom"
+            raise Refuse(reason, node, remedy=f"take the value away from {source_of(user) or user}")
 
 
 def crossed_calls(match: Match) -> frozenset[int]:

@@ -28,7 +28,7 @@ class RaisePass(Pass):
         return sum(self._raise(pattern, unit) for pattern in self.patterns)
 
     def _raise(self, pattern: Pattern, unit: UnitGraph) -> int:
-        miss = unit.near_misses.setdefault(pattern.name, NearMiss(pattern.name))
+        miss = unit.near_misses.setdefault(pattern.name, NearMiss.of(pattern))
         raised = 0
         for match in matches(pattern, unit.graph, miss, unit.mode):
             apply(match, self.name)
@@ -43,6 +43,7 @@ def matches(
 ) -> Iterator[Match]:
     """The pattern's matches; the caller may rewrite each as it comes."""
     if isinstance(pattern, ProvenExperts):
+        miss.stage = "the experts' weights fit, a weighted sum is not proven"
         return pattern.find(graph, miss)
     return find(pattern, graph, miss, mode)
 
@@ -51,6 +52,6 @@ def none_left(name: str, *patterns: Pattern) -> Fact:
     """The fact that none of the patterns matches any more."""
 
     def holds(graph: fx.Graph) -> bool:
-        return not any(match for p in patterns for match in matches(p, graph, NearMiss(p.name)))
+        return not any(match for p in patterns for match in matches(p, graph, NearMiss.of(p)))
 
     return Fact(name, holds)

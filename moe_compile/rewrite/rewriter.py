@@ -27,6 +27,7 @@ def apply(match: Match, pass_name: str) -> fx.Node:
     crossed = crossed_calls(match)
     inherited = {
         "val": root.meta["val"],
+        "source": root.meta.get("source"),
         "calls": owner_calls(match),
         "made_by": (pass_name, match.pattern.name),
         "kind": match.pattern.kind,

@@ -185,6 +185,12 @@ def build(
     return model.train()
 
 
+def full_size(entry: Entry) -> PreTrainedModel:
+    """A model in bfloat16 of the default configuration of its class, on the current device."""
+    config = _config_class(entry)(**entry.options)
+    return _model_class(entry)._from_config(config, dtype=torch.bfloat16).train()
+
+
 @contextlib.contextmanager
 def _nan_where_uninitialized() -> Generator[None]:
     """One family forgets to initialize its experts: what they hold would differ in every run."""

@@ -86,7 +86,8 @@ def _row_wise(node: fx.Node, rows: list[str]) -> bool:
         ranks = {value(source).dim() for source in node.all_input_nodes}
         return ranks == {value(node).dim()}  # broadcasting to a higher rank could pair rows
     dim = schema_arguments(node)["dim"] if operator in _WITHIN_ROWS else 0
-    return dim % value(node).dim() >= len(rows)
+    ranks = [value(n).dim() for n in (node, *node.all_input_nodes)]  # of both, the larger counts
+    return dim % max(ranks) >= len(rows)
 
 
 def _has_rows(result: Any, rows: list[str]) -> bool:

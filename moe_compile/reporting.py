@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from moe_compile.capture.group import Group
+from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
 from moe_compile.ops import dispatch, experts
 from moe_compile.report import PassSummary, Report, Site
@@ -19,18 +20,21 @@ def summarize(
     groups: list[Group],
     units: list[list[UnitGraph]],
     installations: list[Installation],
+    missed: list[Missed],
     mesh: dict[str, int],
     seconds: dict[str, float],
 ) -> Report:
     """The report of one run."""
     sites: list[Site] = []
+    beside = _beside_experts(groups, units)
     for group, graphs in zip(groups, units, strict=True):
         if group.problem is not None and not group.parts:
             sites.append(_uncaptured(group))
         if graphs:
-            sites += _routing_sites(group, graphs[0])
+            sites += _routing_sites(group, graphs[0], beside=group.names[0] in beside)
     for installation in installations:
         sites += installation.sites
+    sites += [Site(m.name, m.count, "experts", None, "refused", m.reason) for m in missed]
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     captures = sum(map(len, units))
@@ -55,8 +59,26 @@ def _uncaptured(group: Group) -> Site:
     return Site(group.names[0], len(group.names), kind, None, "refused", reason)
 
 
-def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
-    """Routers that feed experts are kept; a selection that feeds none is a refused site."""
+def _beside_experts(groups: list[Group], units: list[list[UnitGraph]]) -> set[str]:
+    """The units that are parts of one whose experts are another part."""
+    found: set[str] = set()
+    known = {
+        name
+        for group, graphs in zip(groups, units, strict=True)
+        if any(n.meta.get("op") is experts for unit in graphs[:1] for n in unit.graph.nodes)
+        for name in group.names
+    }
+    for name, parts in ((name, group.parts) for group in groups for name in group.names):
+        names = {f"{name}.{part}" for part in parts}
+        found |= names if names & known else set()
+    return found
+
+
+def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]:
+    """Routers that feed experts are kept; a selection that feeds none is a refused site.
+
+    `beside`: the experts are in another part of an uncaptured unit.
+    """
     routers = _routers(unit)
     sites: dict[str, Site] = {}
     for node in unit.graph.nodes:
@@ -64,7 +86,7 @@ def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
             continue
         path = unit.owner(node)
         name = f"{group.names[0]}.{path}" if path else group.names[0]
-        if path in routers:
+        if path in routers or beside:
             reason = "it runs as written: the experts need only its ids and weights"
             sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
         elif path not in sites:

@@ -4,6 +4,7 @@ Two units share a capture when they have the same structure, are called alike, a
 plain attribute that the traced code read; never because their class has the same name.
 """
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,4 +101,7 @@ def _same(left: Any, right: Any) -> bool:
         return True
     if isinstance(left, Tensor) or type(left) is not type(right):
         return False
+    if isinstance(left, functools.partial):
+        right: Any = right
+        return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
     return bool(left == right)

@@ -22,7 +22,7 @@ from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
-from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.shadow import Shadow, unchanged
 from moe_compile.capture.untouched import Touched, Untouched
 
 _ASSERTS = {
@@ -31,6 +31,10 @@ _ASSERTS = {
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_constrain_range_for_size.default,
 }
+
+
+class HoldsTensors(Exception):
+    """The call has an argument that the code reads tensors from, or leaves them in."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,13 @@ def trace(
         matters: collects the names of flags that the unit's code looks at: they keep their values.
         observed: whether somebody may use every output of the unit.
     """
+    store = call.store()
+    if store is not None:
+        raise HoldsTensors(f"its argument of type {type(store).__name__} is a store of tensors")
     while True:
         try:
-            capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
+            with unchanged(unit):
+                capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
             for node in capture.graph.nodes:
                 if node.target is exit:
                     node.meta["observed"] = observed and node.args[0] == 0

@@ -1,6 +1,7 @@
 """Gathers the report from what the pipeline left behind."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -8,7 +9,7 @@ from torch import fx
 from moe_compile.capture.group import Group
 from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
-from moe_compile.ops import dispatch, experts
+from moe_compile.ops import attention, dispatch, experts
 from moe_compile.report import PassSummary, Report, Site
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -30,6 +31,8 @@ def summarize(
     for group, graphs in zip(groups, units, strict=True):
         if group.problem is not None and not group.parts:
             sites.append(_uncaptured(group))
+        elif group.problem is not None and _attention_is_lost(group, groups, units):
+            sites.append(replace(_uncaptured(group), kind="attention"))
         if graphs:
             sites += _routing_sites(group, graphs[0], beside=group.names[0] in beside)
     for installation in installations:
@@ -72,6 +75,15 @@ def _beside_experts(groups: list[Group], units: list[list[UnitGraph]]) -> set[st
         names = {f"{name}.{part}" for part in parts}
         found |= names if names & known else set()
     return found
+
+
+def _attention_is_lost(group: Group, groups: list[Group], units: list[list[UnitGraph]]) -> bool:
+    """Whether what an innermost uncaptured unit does itself is in no report of its parts."""
+    parts = {f"{group.names[0]}.{part}" for part in group.parts}
+    below = [i for i, other in enumerate(groups) if parts & set(other.names)]
+    nodes = [n for i in below for unit in units[i][:1] for n in unit.graph.nodes]
+    uncaptured = any(groups[i].problem is not None for i in below)
+    return not uncaptured and not any(n.meta.get("op") is attention for n in nodes)
 
 
 def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]:

@@ -83,7 +83,7 @@ def probe_inputs(
     width = config.get_text_config(decoder=True).hidden_size
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
     states = torch.zeros(batch, sequence, width, dtype=dtype, device=device)
-    places = torch.arange(sequence, device=device).expand(batch, sequence)
+    places = mask.cumsum(-1) - 1
     given = {"inputs_embeds": states, "attention_mask": mask, "position_ids": places}
     yield "a call with embeddings", given | {"use_cache": False}
 

@@ -119,10 +119,8 @@ class EveryExpertHit(TorchFunctionMode):
             return self.answers[id(args[0])][1]
         if func is Tensor.numpy:
             return _as_numbers(args[0])
-        if func is Tensor.__getitem__ and isinstance(args[1], HitRow):
-            return args[0][int(args[1])].unsqueeze(0)
         if func is Tensor.__getitem__:
-            args = (args[0], _with_sizes(args[1]))
+            return _item(func, *args)
         result = func(*args, **kwargs)
         self._remember(getattr(func, "__name__", ""), result)
         return result
@@ -133,6 +131,12 @@ class EveryExpertHit(TorchFunctionMode):
             return
         if isinstance(result, Tensor) and result.dim() == 0:
             self.answers[id(result)] = (result, name in _TRUE_IF_HIT)
+
+
+def _item(getitem: Any, tensor: Tensor, index: Any) -> Any:
+    if isinstance(index, HitRow):
+        return getitem(tensor, int(index)).unsqueeze(0)
+    return getitem(tensor, _with_sizes(index))
 
 
 def _with_sizes(index: Any) -> Any:

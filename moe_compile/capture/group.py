@@ -102,6 +102,9 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) or type(left) is not type(right):
         return False
     if isinstance(left, functools.partial):
-        right: Any = right
-        return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
+        return _parts(left) == _parts(right)
     return bool(left == right)
+
+
+def _parts(partial: Any) -> tuple[Any, ...]:
+    return partial.func, partial.args, partial.keywords

@@ -7,7 +7,7 @@ like one before it is not run again, so a probe takes about the same time at any
 
 import copy
 import enum
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.shadow import Shadow, unchanged
+from moe_compile.capture.untouched import UntouchedStore
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,23 @@ class Call:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return str(spec), tuple(map(_leaf_key, leaves))
 
-    def store(self) -> Any:
-        """An argument in which tensors are kept, such as a key-value cache; None without one."""
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return next((leaf for leaf in leaves if _is_store(leaf)), None)
+    def stores(self) -> list[Any]:
+        """The arguments in which tensors may be kept, such as a key-value cache."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _is_store(leaf)]
 
     def fresh(self) -> "Call":
-        """The same call, with copies of the arguments that its code may write to."""
-        copied = pytree.tree_map_only(_is_store, _copy, (self.args, self.kwargs))
-        return Call(*copied, self.problem)
+        """The same call, with copies of its stores."""
+        return self._with_stores(_copy)
+
+    def without_stores(self) -> "Call":
+        """The same call, with stand-ins for its stores."""
+        return self._with_stores(lambda store: UntouchedStore(type(store)))
+
+    def _with_stores(self, change: Callable[[Any], Any]) -> "Call":
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        changed = [change(leaf) if _is_store(leaf) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(changed, spec)
+        return Call(args, kwargs, self.problem)
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ class _Recorder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = Call(args, kwargs).fresh()
             key = (kind, call.key())
-            if key not in self.outputs or call.store() is not None:
+            if key not in self.outputs or call.stores():
                 self.outputs[key], problem = self._run(original, args, kwargs)
                 call = replace(call, problem=problem)
             self.calls.setdefault(name, call)

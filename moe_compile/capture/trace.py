@@ -34,7 +34,7 @@ _ASSERTS = {
 
 
 class HoldsTensors(Exception):
-    """The call has an argument that the code reads tensors from, or leaves them in."""
+    """The code reads tensors from an argument, or leaves them there."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ def trace(
         matters: collects the names of flags that the unit's code looks at: they keep their values.
         observed: whether somebody may use every output of the unit.
     """
-    store = call.store()
-    if store is not None:
-        raise HoldsTensors(f"its argument of type {type(store).__name__} is a store of tensors")
+    stores, call = call.stores(), call.without_stores()
     while True:
         try:
             with unchanged(unit):
@@ -91,6 +89,8 @@ def trace(
                     node.meta["observed"] = observed and node.args[0] == 0
             return capture
         except Touched as touched:
+            if any(type(store).__name__ == touched.name for store in stores):
+                raise HoldsTensors(f"it keeps tensors in a {touched.name}") from touched
             matters.add(touched.name)
 
 

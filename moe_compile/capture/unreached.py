@@ -1,7 +1,7 @@
 """What no capture has seen: units that the probe did not get to, and experts beside its path."""
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,14 +33,22 @@ def unreached(model: nn.Module, probe: Probe, groups: list[Group]) -> list[Misse
     seen = _seen(model, groups)
     refused = [name for g in groups if g.capture is None and not g.parts for name in g.names]
     covered = [*refused, *(missed if found else [])]
-    reason = f"{probe.inputs} does not reach it; pass example_inputs that do"
+    unexplained = f"{probe.inputs} does not reach it; pass example_inputs that do"
+    problems = {name: g.problem for g in groups if g.problem is not None for name in g.names}
     for name, holder in _expert_holders(model):
-        known = any(f"{name}.".startswith(f"{inside}.") for inside in covered)
-        if not known and not any(id(p) in seen for p in holder.parameters()):
+        if not _within(name, covered) and not any(id(p) in seen for p in holder.parameters()):
+            problem = problems.get(_within(name, problems))
+            reason = f"its code could not be captured: {problem}" if problem else unexplained
             alike = re.sub(r"\d+", "#", name), structure(holder)
             found.setdefault(alike, Missed(name, 0, reason)).count += 1
             covered.append(name)
     return list(found.values())
+
+
+def _within(name: str, modules: Iterable[str]) -> str:
+    """The innermost of the modules that a module is, or is inside of; "" if there is none."""
+    holding = [outer for outer in modules if f"{name}.".startswith(f"{outer}.")]
+    return max(holding, key=len, default="")
 
 
 def _seen(model: nn.Module, groups: list[Group]) -> set[int]:

@@ -168,6 +168,42 @@ def test_a_layer_with_a_store_is_captured_by_its_children() -> None:
     check_close({"x": models.optimized(X)}, {"x": models.original(X)})
 
 
+class HandsOn(nn.Module):
+    """Gets a store, and does not look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, x: Tensor, store: Store) -> Tensor:
+        return self.norm(x)
+
+
+class Attends(nn.Module):
+    """Attention that keeps tensors in a store, without a part that could be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor, store: Store) -> Tensor:
+        store.tensors.append(x)
+        return x * self.weight
+
+
+def test_a_layer_that_hands_a_store_on_is_captured() -> None:
+    shadow, found = probed(WithStore(HandsOn(), HandsOn()))
+    (layers,) = group(shadow, found.calls)
+    assert layers.problem is None
+    assert layers.names == ["layers.0", "layers.1"]
+
+
+def test_what_keeps_tensors_in_a_store_is_refused() -> None:
+    (site,) = explain(WithStore(Attends(), Attends())).sites
+    assert (site.module, site.layers, site.status) == ("layers.0", 2, "refused")
+    assert site.reason == "its code could not be captured: HoldsTensors: it keeps tensors in a Store"
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

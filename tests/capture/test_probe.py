@@ -201,7 +201,9 @@ def test_a_layer_that_hands_a_store_on_is_captured() -> None:
 def test_what_keeps_tensors_in_a_store_is_refused() -> None:
     (site,) = explain(WithStore(Attends(), Attends())).sites
     assert (site.module, site.layers, site.status) == ("layers.0", 2, "refused")
-    assert site.reason == "its code could not be captured: HoldsTensors: it keeps tensors in a Store"
+    assert (
+        site.reason == "its code could not be captured: HoldsTensors: it keeps tensors in a Store"
+    )
 
 
 class Experts(nn.Module):

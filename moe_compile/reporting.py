@@ -10,11 +10,20 @@ from moe_compile.capture.group import Group
 from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
 from moe_compile.ops import attention, dispatch, experts
+from moe_compile.passes import PIPELINE
 from moe_compile.report import PassSummary, Report, Site
+from moe_compile.rewrite.anchors import (
+    is_attention,
+    is_fused_norm,
+    is_norm,
+    is_selection,
+    selects_positions,
+)
+from moe_compile.rewrite.raising import RaisePass
 from moe_compile.rewrite.unit_graph import UnitGraph
 
-_SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
-_MAX = torch.ops.aten.max.dim
+_KINDS = {p.name: p.kind for step in PIPELINE if isinstance(step, RaisePass) for p in step.patterns}
+"""What a report calls the site of a pattern."""
 
 
 def summarize(
@@ -35,6 +44,7 @@ def summarize(
             sites.append(replace(_uncaptured(group), kind="attention"))
         if graphs:
             sites += _routing_sites(group, graphs[0], beside=group.names[0] in beside)
+            sites += _anchor_sites(group, graphs[0])
     for installation in installations:
         sites += installation.sites
     sites += [Site(m.name, m.count, "experts", None, "refused", m.reason) for m in missed]
@@ -94,33 +104,52 @@ def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]
     routers = _routers(unit)
     sites: dict[str, Site] = {}
     for node in unit.graph.nodes:
-        if not _is_selection(node):
+        if not is_selection(node) or selects_positions(node):
             continue
-        path = unit.owner(node)
-        name = f"{group.names[0]}.{path}" if path else group.names[0]
+        path = unit.innermost(node)
+        name = _full_name(group, path)
         if path in routers or beside:
             reason = "it runs as written: the experts need only its ids and weights"
             sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
         elif path not in sites:
-            sites[path] = _unmatched(name, len(group.names), unit)
+            sites[path] = _unmatched(name, len(group.names), "experts", unit, node)
     return list(sites.values())
 
 
-def _is_selection(node: fx.Node) -> bool:
-    """Top-k, argmax, or a maximum whose place somebody uses."""
-    if node.target is _MAX:
-        return any(user.args[1:] == (1,) and user.users for user in node.users)
-    return node.target in _SELECTIONS
+def _anchor_sites(group: Group, unit: UnitGraph) -> list[Site]:
+    """Norms and attention that no match took: refused, or torch's own."""
+    sites: dict[tuple[str, str], Site] = {}
+    for node in unit.graph.nodes:
+        kind = "rms_norm" if is_norm(node) or is_fused_norm(node) else "attention"
+        positions = is_selection(node) and selects_positions(node)
+        if kind == "attention" and not positions and not is_attention(node):
+            continue
+        path = unit.innermost(node)
+        site = _unmatched(_full_name(group, path), len(group.names), kind, unit, node)
+        if positions:
+            site = replace(site, pattern=None, reason="it selects positions")
+        elif is_fused_norm(node):
+            site = replace(site, pattern=None, status="kept", reason="it is torch's own kernel")
+        sites.setdefault((path, kind), site)
+    return list(sites.values())
 
 
-def _unmatched(name: str, layers: int, unit: UnitGraph) -> Site:
-    misses = [m for n, m in unit.near_misses.items() if n.endswith("experts") and m.matched > 0]
+def _full_name(group: Group, path: str) -> str:
+    return f"{group.names[0]}.{path}" if path else group.names[0]
+
+
+def _unmatched(name: str, layers: int, kind: str, unit: UnitGraph, node: fx.Node) -> Site:
+    """A refused site with the nearest miss; that of a norm or attention is in the same module."""
+    misses = [m for n, m in unit.near_misses.items() if _KINDS.get(n) == kind and m.matched > 0]
+    if kind != "experts":
+        misses = [m for m in misses if m.calls[-1:] == node.meta["calls"][-1:]]
     if not misses:
         reason = "no known experts follow this selection"
-        return Site(name, layers, "experts", None, "refused", reason)
+        reason = reason if kind == "experts" else "no known spelling"
+        return Site(name, layers, kind, None, "refused", reason)
     best = max(misses, key=lambda miss: miss.matched / max(miss.total, 1))
     reason = f"{best.matched} of {best.total} operations fit; at {best.node}: {best.reason}"
-    return Site(name, layers, "experts", best.pattern, "refused", reason)
+    return Site(name, layers, kind, best.pattern, "refused", reason)
 
 
 def _routers(unit: UnitGraph) -> set[str]:
@@ -134,7 +163,7 @@ def _routers(unit: UnitGraph) -> set[str]:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if _is_selection(node):
+        if is_selection(node):
             found.add(unit.owner(node))
         elif not _is_floating(node):
             todo += node.all_input_nodes

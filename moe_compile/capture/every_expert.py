@@ -151,7 +151,8 @@ def _with_sizes(index: Any) -> Any:
 
 def _is_over_experts(tensor: Any) -> bool:
     """Whether it is a vector of fixed length: tokens are never that."""
-    return isinstance(tensor, Tensor) and tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+    sizes: list[Any] = list(tensor.shape) if isinstance(tensor, Tensor) else []
+    return len(sizes) == 1 and isinstance(sizes[0], int)
 
 
 def _hits(vector: Tensor, as_tuple: bool) -> Any:

@@ -100,7 +100,7 @@ def depth_table(depths: list[int], repeat: int) -> str:
 def pass_table() -> str:
     """Nodes and canonical ops of one decoder layer's training capture, around every pass."""
     shadow = cast_shadow(build(FULL_DEPTH))
-    groups = group(shadow, probe(shadow, None))
+    groups = group(shadow, probe(shadow, None).calls)
     layer = next(found for found in groups if len(found.names) == FULL_DEPTH)
     assert layer.capture is not None
     unit = UnitGraph.of(layer.names[0], layer.capture, {})

@@ -33,18 +33,23 @@ def check_model(model: Any, example_inputs: Any, *, optimized: bool) -> None:
         raise ValueError(
             f"optimize got a {type(model).__name__}, which is no transformers model, and no "
             "example_inputs; it takes them to learn how the layers are called; pass "
-            "example_inputs=(tensor, ...), the model's positional arguments"
+            "example_inputs=(tensor, ...), a tuple of positional or a dict of keyword arguments"
         )
-    if example_inputs is not None and not isinstance(example_inputs, tuple):
+    if example_inputs is not None:
+        _check_example_inputs(example_inputs)
+
+
+def _check_example_inputs(example_inputs: Any) -> None:
+    if not isinstance(example_inputs, (tuple, dict)):
         raise ValueError(
-            f"example_inputs got a {type(example_inputs).__name__}; it takes a tuple of the "
-            "model's positional arguments; write (tensor,) for a single one"
+            f"example_inputs got a {type(example_inputs).__name__}; it takes a tuple of positional "
+            "or a dict of keyword arguments of the model; write (tensor,) for a single one"
         )
-    leaves = pytree.tree_leaves(example_inputs)
-    if example_inputs is not None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)):
         raise ValueError(
-            f"example_inputs got {example_inputs!r}; it takes a tuple with a tensor whose first "
-            "dimension is the batch; pass the inputs of one forward of the model"
+            f"example_inputs got {example_inputs!r}; it takes a tuple of positional or a dict of "
+            "keyword arguments with a tensor whose first dimension is the batch; pass the inputs "
+            "of one forward of the model"
         )
 
 

@@ -15,6 +15,7 @@ from moe_compile.adapters.checkpoints import settle_dtypes
 from moe_compile.capture.group import Group, group
 from moe_compile.capture.probe import probe
 from moe_compile.capture.shadow import Shadow, cast_shadow
+from moe_compile.capture.unreached import Missed, unreached
 from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
 from moe_compile.config import OptimizeConfig
@@ -45,6 +46,7 @@ class Work:
     groups: list[Group] = field(default_factory=list[Group])
     units: list[list[UnitGraph]] = field(default_factory=list[list[UnitGraph]])
     installations: list[Installation] = field(default_factory=list[Installation])
+    missed: list[Missed] = field(default_factory=list[Missed])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
@@ -61,7 +63,7 @@ def optimize(
     config: OptimizeConfig | None = None,
     *,
     passes: Pipeline | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> M:
     """Makes a mixture-of-experts model train fast; returns the same object.
 
@@ -75,7 +77,8 @@ def optimize(
             rank has other data. The rest of the model is sharded by FSDP2 over all ranks.
         config: see `OptimizeConfig`.
         passes: the order of passes; `PIPELINE` by default.
-        example_inputs: the model's positional arguments, for a model that is not from transformers.
+        example_inputs: a tuple of positional or a dict of keyword arguments of the model, for a
+            model that is not from transformers, or that text alone does not reach everywhere.
 
     Raises:
         ValueError: for a model that is optimized already or quantised, a wrong config, mesh or
@@ -106,7 +109,7 @@ def explain(
     config: OptimizeConfig | None = None,
     *,
     passes: Pipeline | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> Report:
     """The report that `optimize` would give; changes nothing. Same arguments and errors."""
     config = OptimizeConfig() if config is None else config
@@ -134,7 +137,7 @@ def _analyze(
     mesh: DeviceMesh | None,
     config: OptimizeConfig,
     pipeline: Pipeline,
-    example_inputs: tuple[Any, ...] | None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
 ) -> Work:
     """Everything up to the installation; the model is not touched."""
     check_model(model, example_inputs, optimized=hasattr(model, _REPORT))
@@ -145,9 +148,10 @@ def _analyze(
     with work.timed("probe"):
         shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
         work.device = shadow.device
-        calls = probe(shadow, example_inputs)
+        probed = probe(shadow, example_inputs)
     with work.timed("trace"):
-        work.groups = group(shadow, calls)
+        work.groups = group(shadow, probed.calls)
+        work.missed = unreached(model, probed, work.groups)
     for found in work.groups:
         work.units.append(_rewrite(shadow, found, pipeline, config, work))
     with work.timed("verify"):
@@ -205,4 +209,5 @@ def graph_lines(graph: fx.Graph, device: torch.device) -> list[str]:
 
 def _summary(work: Work) -> Report:
     mesh = {} if work.layout is None else work.layout.sizes
-    return summarize(work.groups, work.units, work.installations, mesh, work.seconds)
+    found = work.groups, work.units, work.installations, work.missed
+    return summarize(*found, mesh, work.seconds)

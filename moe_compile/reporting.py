@@ -1,19 +1,26 @@
 """Gathers the report from what the pipeline left behind."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from moe_compile.capture.group import Group
+from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
-from moe_compile.ops import dispatch, experts
+from moe_compile.ops import attention, dispatch, experts
 from moe_compile.report import NearMissReport, PassSummary, Report, Site
+from moe_compile.rewrite.anchors import (
+    is_attention,
+    is_fused_norm,
+    is_norm,
+    is_selection,
+    selects_positions,
+)
 from moe_compile.rewrite.matcher import NearMiss, source_of
 from moe_compile.rewrite.unit_graph import UnitGraph
 
-_SELECTIONS = {torch.ops.aten.topk.default, torch.ops.aten.argmax.default}
-_MAX = torch.ops.aten.max.dim
 _NEW_PATTERN = "write a pattern (docs/new_architecture.md)"
 
 
@@ -21,18 +28,24 @@ def summarize(
     groups: list[Group],
     units: list[list[UnitGraph]],
     installations: list[Installation],
+    missed: list[Missed],
     mesh: dict[str, int],
     seconds: dict[str, float],
 ) -> Report:
     """The report of one run."""
     sites: list[Site] = []
+    beside = _beside_experts(groups, units)
     for group, graphs in zip(groups, units, strict=True):
         if group.problem is not None and (not group.parts or group.holds_experts):
             sites.append(_uncaptured(group))
+        elif group.problem is not None and _attention_is_lost(group, groups, units):
+            sites.append(replace(_uncaptured(group), kind="attention"))
         if graphs:
-            sites += _routing_sites(group, graphs[0])
+            sites += _routing_sites(group, graphs[0], beside=group.names[0] in beside)
+            sites += _anchor_sites(group, graphs[0])
     for installation in installations:
         sites += installation.sites
+    sites += [Site(m.name, m.count, "experts", None, "refused", m.reason) for m in missed]
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     captures = sum(map(len, units))
@@ -57,36 +70,83 @@ def _uncaptured(group: Group) -> Site:
     return Site(group.names[0], len(group.names), kind, None, "refused", reason)
 
 
-def _routing_sites(group: Group, unit: UnitGraph) -> list[Site]:
-    """Routers that feed experts are kept; a selection that feeds none is a refused site."""
+def _beside_experts(groups: list[Group], units: list[list[UnitGraph]]) -> set[str]:
+    """The units that are parts of one whose experts are another part."""
+    found: set[str] = set()
+    known = {
+        name
+        for group, graphs in zip(groups, units, strict=True)
+        if any(n.meta.get("op") is experts for unit in graphs[:1] for n in unit.graph.nodes)
+        for name in group.names
+    }
+    for name, parts in ((name, group.parts) for group in groups for name in group.names):
+        names = {f"{name}.{part}" for part in parts}
+        found |= names if names & known else set()
+    return found
+
+
+def _attention_is_lost(group: Group, groups: list[Group], units: list[list[UnitGraph]]) -> bool:
+    """Whether what an innermost uncaptured unit does itself is in no report of its parts."""
+    parts = {f"{group.names[0]}.{part}" for part in group.parts}
+    below = [i for i, other in enumerate(groups) if parts & set(other.names)]
+    nodes = [n for i in below for unit in units[i][:1] for n in unit.graph.nodes]
+    uncaptured = any(groups[i].problem is not None for i in below)
+    return not uncaptured and not any(n.meta.get("op") is attention for n in nodes)
+
+
+def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]:
+    """Routers that feed experts are kept; a selection that feeds none is a refused site.
+
+    `beside`: the experts are in another part of an uncaptured unit.
+    """
     routers = _routers(unit)
     sites: dict[str, Site] = {}
     for node in unit.graph.nodes:
-        if not _is_selection(node):
+        if not is_selection(node) or selects_positions(node):
             continue
-        path = unit.owner(node)
-        name = f"{group.names[0]}.{path}" if path else group.names[0]
-        if path in routers:
+        path = unit.innermost(node)
+        name = _full_name(group, path)
+        if path in routers or beside:
             reason = "it runs as written: the experts need only its ids and weights"
             sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
         elif path not in sites:
-            sites[path] = _unmatched(name, len(group.names), unit, node)
+            sites[path] = _unmatched(name, len(group.names), "experts", unit, node)
     return list(sites.values())
 
 
-def _is_selection(node: fx.Node) -> bool:
-    """Top-k, argmax, or a maximum whose place somebody uses."""
-    if node.target is _MAX:
-        return any(user.args[1:] == (1,) and user.users for user in node.users)
-    return node.target in _SELECTIONS
+def _anchor_sites(group: Group, unit: UnitGraph) -> list[Site]:
+    """Norms and attention that no match took: refused, or torch's own."""
+    sites: dict[tuple[str, str], Site] = {}
+    for node in unit.graph.nodes:
+        kind = "rms_norm" if is_norm(node) or is_fused_norm(node) else "attention"
+        positions = is_selection(node) and selects_positions(node)
+        if kind == "attention" and not positions and not is_attention(node):
+            continue
+        path = unit.innermost(node)
+        site = _unmatched(_full_name(group, path), len(group.names), kind, unit, node)
+        if positions:
+            site = replace(site, pattern=None, reason="it selects positions")
+        elif is_fused_norm(node):
+            site = replace(site, pattern=None, status="kept", reason="it is torch's own kernel")
+        sites.setdefault((path, kind), site)
+    return list(sites.values())
 
 
-def _unmatched(name: str, layers: int, unit: UnitGraph, selection: fx.Node) -> Site:
-    misses = [m for m in unit.near_misses.values() if m.kind == "experts" and m.is_close()]
+def _full_name(group: Group, path: str) -> str:
+    return f"{group.names[0]}.{path}" if path else group.names[0]
+
+
+def _unmatched(name: str, layers: int, kind: str, unit: UnitGraph, node: fx.Node) -> Site:
+    """A refused site with the nearest miss; that of a norm or attention is in the same module."""
+    misses = [m for m in unit.near_misses.values() if m.kind == kind and m.is_close()]
+    if kind != "experts":
+        misses = [m for m in misses if m.calls[-1:] == node.meta["calls"][-1:]]
     best = max(misses, key=NearMiss.share, default=None)
-    near = _nothing_near(selection) if best is None else _near(best)
-    reason = f"{best.progress()}; at {best.node}: {best.reason}" if best else near.reason
-    return Site(name, layers, "experts", near.pattern, "refused", reason, near_miss=near)
+    nothing = "no known experts follow this selection" if kind == "experts" else "no known spelling"
+    near = _nothing_near(node, nothing) if best is None else _near(best)
+    reason = f"{best.progress()}; at {best.node}: {best.reason}" if best else nothing
+    shown = near if kind == "experts" else None
+    return Site(name, layers, kind, near.pattern, "refused", reason, near_miss=shown)
 
 
 def _near(miss: NearMiss) -> NearMissReport:
@@ -95,12 +155,10 @@ def _near(miss: NearMiss) -> NearMissReport:
     return NearMissReport(miss.pattern, miss.progress(), node, miss.reason, remedy)
 
 
-def _nothing_near(selection: fx.Node) -> NearMissReport:
-    node = f"{selection}, {source_of(selection)}"
-    reason = "no known experts follow this selection"
-    return NearMissReport(
-        None, "no pattern has more than two operations that fit", node, reason, _NEW_PATTERN
-    )
+def _nothing_near(node: fx.Node, reason: str) -> NearMissReport:
+    where = f"{node}, {source_of(node)}"
+    progress = "no pattern has more than two operations that fit"
+    return NearMissReport(None, progress, where, reason, _NEW_PATTERN)
 
 
 def _routers(unit: UnitGraph) -> set[str]:
@@ -114,7 +172,7 @@ def _routers(unit: UnitGraph) -> set[str]:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if _is_selection(node):
+        if is_selection(node):
             found.add(unit.owner(node))
         elif not _is_floating(node):
             todo += node.all_input_nodes

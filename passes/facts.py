@@ -10,6 +10,7 @@ from moe_compile.patterns import (
     ExpertLoop,
     GatedMLP,
     GroupedExperts,
+    RespelledNorm,
     RMSNorm,
     RotaryHalf,
     RotarySplit,
@@ -36,7 +37,7 @@ def _placed(graph: fx.Graph) -> bool:
 
 
 NORMALIZED = Fact("normalized", is_normal)
-NORMS_RAISED = none_left("norms_raised", RMSNorm())
+NORMS_RAISED = none_left("norms_raised", RMSNorm(), RespelledNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
 ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
 MLPS_RAISED = none_left("mlps_raised", GatedMLP())

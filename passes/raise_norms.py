@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moe_compile.passes.facts import LOWERED, NORMALIZED, NORMS_RAISED, PLANNED
-from moe_compile.patterns import RMSNorm
+from moe_compile.patterns import RespelledNorm, RMSNorm
 from moe_compile.rewrite.raising import RaisePass
 
 
@@ -15,4 +15,4 @@ class RaiseNorms(RaisePass):
     needs = frozenset({NORMALIZED})
     gives = frozenset({NORMS_RAISED})
     breaks = frozenset({PLANNED, LOWERED})
-    patterns = (RMSNorm(),)
+    patterns = (RMSNorm(), RespelledNorm())

@@ -5,6 +5,7 @@ from moe_compile.patterns.eager_attention import EagerAttention
 from moe_compile.patterns.expert_loop import ExpertLoop
 from moe_compile.patterns.gated_mlp import GatedMLP
 from moe_compile.patterns.grouped_experts import GroupedExperts
+from moe_compile.patterns.respelled_norm import RespelledNorm
 from moe_compile.patterns.rms_norm import RMSNorm
 from moe_compile.patterns.rotary_half import RotaryHalf
 from moe_compile.patterns.rotary_split import RotarySplit
@@ -18,6 +19,7 @@ __all__ = [
     "GatedMLP",
     "GroupedExperts",
     "RMSNorm",
+    "RespelledNorm",
     "RotaryHalf",
     "RotarySplit",
     "SDPAAttention",

@@ -147,17 +147,18 @@ def test_example_inputs_missing(place: Any) -> None:
 
 
 @places
-@pytest.mark.parametrize("given", [torch.ones(2, 4), [torch.ones(2, 4)], {"x": torch.ones(2, 4)}])
-def test_example_inputs_that_are_no_tuple(place: Any, given: Any) -> None:
+@pytest.mark.parametrize("given", [torch.ones(2, 4), [torch.ones(2, 4)]])
+def test_example_inputs_that_are_no_tuple_or_dict(place: Any, given: Any) -> None:
     with pytest.raises(ValueError, match=r"^example_inputs got a ") as error:
         place(nn.Linear(4, 4), example_inputs=given)
-    check(error, type(given).__name__, "a tuple", "(tensor,)")
+    check(error, type(given).__name__, "a tuple of positional or a dict of keyword", "(tensor,)")
 
 
 @places
-def test_example_inputs_without_a_tensor(place: Any) -> None:
+@pytest.mark.parametrize("given", [(), {}, {"x": 1}])
+def test_example_inputs_without_a_tensor(place: Any, given: Any) -> None:
     with pytest.raises(ValueError, match=r"^example_inputs got ") as error:
-        place(nn.Linear(4, 4), example_inputs=())
+        place(nn.Linear(4, 4), example_inputs=given)
     check(error, "tensor")
 
 

@@ -1,8 +1,11 @@
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
@@ -179,3 +182,56 @@ def test_routing_into_unknown_experts_is_a_refused_site(select: str) -> None:
     assert found[0].reason
     assert found[0].reason in str(report)
     assert torch.equal(model(x), expected)
+
+
+class Block(nn.Module):
+    """One function of a sequence, as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x) * self.weight
+
+
+def odd_norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def nearly_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6)
+
+
+def fused_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (8,))
+
+
+def sharpened(x: Tensor) -> Tensor:
+    weights = (x @ x.mT).softmax(-1)
+    return (weights * weights) @ x
+
+
+def sparse(x: Tensor) -> Tensor:
+    scores = x @ x.mT
+    return scores.scatter(-1, scores.topk(2).indices, 1.0) @ x
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "status", "reason"),
+    [
+        (odd_norm, "rms_norm", "refused", "no known spelling"),
+        (nearly_norm, "rms_norm", "refused", r"8 of 8 operations fit; at .*"),
+        (fused_norm, "rms_norm", "kept", "it is torch's own kernel"),
+        (sharpened, "attention", "refused", ".*"),
+        (sparse, "attention", "refused", "it selects positions"),
+    ],
+)
+def test_norms_and_attention_without_a_match(
+    function: Callable[[Tensor], Tensor], kind: str, status: str, reason: str
+) -> None:
+    model = nn.Sequential(nn.ModuleList([Block(function)])[0])
+    (site,) = moe_compile.explain(model, example_inputs=(torch.randn(2, 5, 8),)).sites
+    assert (site.module, site.layers, site.kind, site.status) == ("0", 1, kind, status)
+    assert re.fullmatch(reason, str(site.reason))

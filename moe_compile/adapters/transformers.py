@@ -62,14 +62,38 @@ def make_traceable(shadow: nn.Module) -> None:
 
 def probe_inputs(
     model: nn.Module, batch: torch.SymInt, sequence: torch.SymInt, device: torch.device
-) -> dict[str, Any]:
-    """Keyword arguments for one forward of a text model: token ids, no cache."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Calls that may be legal for the model, as keyword arguments of its forward, and in words.
+
+    Token ids alone, with a mask, or as embeddings with positions; no cache. Of a model for images,
+    one image.
+    """
+    base = base_model(model)
+    config: Any = base.config
+    if getattr(base, "main_input_name", "input_ids") == "pixel_values":
+        yield "a call with an image", {"pixel_values": _image(config, batch, device)}
+        return
     ids = torch.zeros(batch, sequence, dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    config: Any = base_model(model).config
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    return inputs
+    yield "a call with text alone", inputs
+    mask = torch.ones_like(ids)
+    yield "a call with text alone", inputs | {"attention_mask": mask}
+    width = config.get_text_config(decoder=True).hidden_size
+    dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    states = torch.zeros(batch, sequence, width, dtype=dtype, device=device)
+    places = mask.cumsum(-1) - 1
+    given = {"inputs_embeds": states, "attention_mask": mask, "position_ids": places}
+    yield "a call with embeddings", given | {"use_cache": False}
+
+
+def _image(config: Any, batch: torch.SymInt, device: torch.device) -> torch.Tensor:
+    """One image of the model's size in every row."""
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    return torch.zeros(batch, channels, height, width, device=device)
 
 
 def quantisation(model: nn.Module) -> str | None:

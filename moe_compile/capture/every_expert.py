@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.overrides import TorchFunctionMode
 
 from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
+from moe_compile.capture.conversions import free_conversions
 
 _SEVERAL = 3
 """How many rows an expert gets, where the code asks."""
@@ -33,19 +34,27 @@ class Hit(int):
     """The number of an expert that is hit; answers to what loops do to an element of a tensor."""
 
     def __getitem__(self, _: Any) -> "Hit":
-        return self
+        return Hit(self)
 
     def _itself(self, *_: Any, **__: Any) -> "Hit":
         return self
 
-    item = squeeze = flatten = view = reshape = long = int = cpu = to = detach = _itself
+    def _number(self, *_: Any, **__: Any) -> "Hit":
+        return Hit(self)
+
+    flatten = view = reshape = long = int = cpu = to = detach = _itself
+    item = squeeze = _number
+
+
+class HitRow(Hit):
+    """A row of `nonzero`: a vector with one number, which as an index keeps the dimension."""
 
 
 class Hits:
     """What `nonzero` of a vector over experts gives where every expert is hit."""
 
-    def __init__(self, count: int) -> None:
-        self.numbers = [Hit(i) for i in range(count)]
+    def __init__(self, count: int, kind: type[Hit]) -> None:
+        self.numbers = [kind(i) for i in range(count)]
 
     def __iter__(self) -> Iterator[Hit]:
         return iter(self.numbers)
@@ -55,7 +64,7 @@ class Hits:
 
     def __getitem__(self, index: Any) -> Any:
         """One of them, or a column: all."""
-        return self.numbers[index] if isinstance(index, int) else self
+        return self.numbers[index] if isinstance(index, int) else self._numbers()
 
     @property
     def shape(self) -> torch.Size:
@@ -77,13 +86,17 @@ class Hits:
     def _itself(self, *_: Any, **__: Any) -> "Hits":
         return self
 
-    squeeze = flatten = view = reshape = cpu = to = long = detach = unbind = numpy = _itself
+    def _numbers(self, *_: Any, **__: Any) -> "Hits":
+        return Hits(len(self.numbers), Hit)
+
+    cpu = to = long = detach = unbind = numpy = _itself
+    squeeze = flatten = view = reshape = _numbers
 
 
 @contextlib.contextmanager
 def traceable() -> Generator[None]:
     """In it, expert blocks of every kind run on fake tensors."""
-    with AnyDtypeGroupedMM(), EveryExpertHit():
+    with free_conversions(), AnyDtypeGroupedMM(), EveryExpertHit():
         yield
 
 
@@ -106,7 +119,9 @@ class EveryExpertHit(TorchFunctionMode):
             return self.answers[id(args[0])][1]
         if func is Tensor.numpy:
             return _as_numbers(args[0])
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
+        if func is Tensor.__getitem__:
+            return _item(func, *args)
+        if func is Tensor.__setitem__:
             args = tuple(map(_with_sizes, args))
         result = func(*args, **kwargs)
         self._remember(getattr(func, "__name__", ""), result)
@@ -118,6 +133,12 @@ class EveryExpertHit(TorchFunctionMode):
             return
         if isinstance(result, Tensor) and result.dim() == 0:
             self.answers[id(result)] = (result, name in _TRUE_IF_HIT)
+
+
+def _item(getitem: Any, tensor: Tensor, index: Any) -> Any:
+    if isinstance(index, HitRow):
+        return getitem(tensor, int(index)).unsqueeze(0)
+    return getitem(tensor, _with_sizes(index))
 
 
 def _with_sizes(index: Any) -> Any:
@@ -132,12 +153,12 @@ def _with_sizes(index: Any) -> Any:
 
 def _is_over_experts(tensor: Any) -> bool:
     """Whether it is a vector of fixed length: tokens are never that."""
-    size: Any = tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() == 1 else None
-    return isinstance(size, int)
+    sizes: list[Any] = list(tensor.shape) if isinstance(tensor, Tensor) else []
+    return len(sizes) == 1 and isinstance(sizes[0], int)
 
 
 def _hits(vector: Tensor, as_tuple: bool) -> Any:
-    hits = Hits(vector.shape[0])
+    hits = Hits(vector.shape[0], Hit if as_tuple else HitRow)
     return (hits,) if as_tuple else hits
 
 

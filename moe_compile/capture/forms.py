@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
-from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.shadow import Shadow, unchanged
 from moe_compile.capture.trace import Mode, autocast
 
 Form = tuple[Call, torch.dtype | None]
@@ -50,10 +50,12 @@ def observe(
     with contextlib.ExitStack() as stack:
         for path in paths:
             stack.callback(_watch(unit.get_submodule(path), path, seen).remove)
+        stack.enter_context(unchanged(unit))
         for context in (shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad()):
             stack.enter_context(context)
         stack.enter_context(ambient)
-        unit(*call.args, **call.kwargs)
+        own = call.fresh()
+        unit(*own.args, **own.kwargs)
 
 
 def children_calls(shadow: Shadow, unit: nn.Module, call: Call) -> dict[str, Call]:
@@ -73,7 +75,7 @@ def children_calls(shadow: Shadow, unit: nn.Module, call: Call) -> dict[str, Cal
 
 def _watch(module: nn.Module, path: str, seen: dict[str, Call]) -> Any:
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(path, Call(args, kwargs))
+        seen.setdefault(path, Call(args, kwargs).fresh())
 
     return module.register_forward_pre_hook(record, with_kwargs=True)
 

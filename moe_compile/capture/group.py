@@ -4,6 +4,7 @@ Two units share a capture when they have the same structure, are called alike, a
 plain attribute that the traced code read; never because their class has the same name.
 """
 
+import functools
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,4 +110,10 @@ def _same(left: Any, right: Any) -> bool:
         return True
     if isinstance(left, Tensor) or type(left) is not type(right):
         return False
+    if isinstance(left, functools.partial):
+        return _parts(left) == _parts(right)
     return bool(left == right)
+
+
+def _parts(partial: Any) -> tuple[Any, ...]:
+    return partial.func, partial.args, partial.keywords

@@ -5,8 +5,10 @@ each module beside the layers (the final norm, the embedding). A unit that is bu
 like one before it is not run again, so a probe takes about the same time at any depth.
 """
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+import copy
+import enum
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.every_expert import traceable
-from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.shadow import Shadow, unchanged
+from moe_compile.capture.untouched import UntouchedStore
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,93 @@ class Call:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return str(spec), tuple(map(_leaf_key, leaves))
 
+    def stores(self) -> list[Any]:
+        """The arguments in which tensors may be kept, such as a key-value cache."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _is_store(leaf)]
+
+    def fresh(self) -> "Call":
+        """The same call, with copies of its stores."""
+        return self._with_stores(_copy)
+
+    def without_stores(self) -> "Call":
+        """The same call, with stand-ins for its stores."""
+        return self._with_stores(lambda store: UntouchedStore(type(store)))
+
+    def _with_stores(self, change: Callable[[Any], Any]) -> "Call":
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        changed = [change(leaf) if _is_store(leaf) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(changed, spec)
+        return Call(args, kwargs, self.problem)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a forward of the model showed.
+
+    Attributes:
+        calls: the call of every unit that it reached.
+        inputs: what it was given, in words.
+        problem: why the model's own code did not get to its end, or None.
+    """
+
+    calls: dict[str, Call]
+    inputs: str
+    problem: str | None = None
+
 
 def units(model: nn.Module) -> dict[str, nn.Module]:
     """The model's units by name, in the order of `named_modules`."""
     return dict(_units(model, ""))
 
 
-def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | None) -> dict[str, Call]:
+def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Probe:
     """The call of every unit that one training forward of the model reaches.
+
+    A model of transformers is tried with one kind of call after the other until its code gets to
+    its end; where it never does, the call that reached the most units counts.
 
     Args:
         shadow: the model's fake copy.
-        example_inputs: positional arguments of the model, needed when it is no `PreTrainedModel`.
-            Dimension 0 is the batch; dimension 1 of token ids, and of tensors with three dimensions
-            or more, is the sequence.
+        example_inputs: positional or keyword arguments of the model, needed when it is no
+            `PreTrainedModel`. Dimension 0 is the batch; dimension 1 of token ids, and of tensors
+            with three dimensions or more, is the sequence.
     """
+    best: Probe | None = None
+    for inputs, call in _model_calls(shadow, example_inputs):
+        found = _probe(shadow, inputs, call)
+        if best is None or len(found.calls) > len(best.calls) or found.problem is None:
+            best = found
+        if found.problem is None:
+            break
+    assert best is not None, "there is a call to try"
+    return best
+
+
+def _probe(shadow: Shadow, inputs: str, call: Call) -> Probe:
     recorder = _Recorder(shadow)
-    found = units(shadow.model)
-    own = {name: vars(unit)["forward"] for name, unit in found.items() if "forward" in vars(unit)}
-    for name, unit in found.items():
-        recorder.attach(name, unit)
-    with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad():
+    problem: str | None = None
+    with unchanged(shadow.model):
+        for name, unit in units(shadow.model).items():
+            recorder.attach(name, unit)
+        with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad():
+            try:
+                shadow.model(*call.args, **call.kwargs)
+            except Exception as error:  # any failure of foreign code is a reason in the report
+                problem = describe(error)
+    return Probe(recorder.calls, inputs, problem)
+
+
+def _model_calls(shadow: Shadow, example_inputs: Any) -> Iterator[tuple[str, Call]]:
+    """Calls of the whole model, each in words too."""
+    with shadow.mode:
         if example_inputs is None:
-            inputs = hf.probe_inputs(shadow.model, shadow.batch, shadow.sequence, shadow.device)
-            shadow.model(**inputs)
+            sizes = shadow.batch, shadow.sequence, shadow.device
+            for inputs, kwargs in hf.probe_inputs(shadow.model, *sizes):
+                yield inputs, Call((), kwargs)
+        elif isinstance(example_inputs, dict):
+            yield "a call with the example inputs", Call((), _symbolic(example_inputs, shadow))
         else:
-            shadow.model(*_symbolic(example_inputs, shadow))
-    for name, unit in found.items():
-        del unit.forward
-        if name in own:
-            unit.forward = own[name]
-    return recorder.calls
+            yield "a call with the example inputs", Call(_symbolic(example_inputs, shadow), {})
 
 
 def describe(error: Exception) -> str:
@@ -110,23 +169,23 @@ class _Recorder:
         original, kind = unit.forward, structure(unit)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = Call(args, kwargs)
+            call = Call(args, kwargs).fresh()
             key = (kind, call.key())
-            if key not in self.outputs:
-                self.outputs[key], call = self._run(original, call)
+            if key not in self.outputs or call.stores():
+                self.outputs[key], problem = self._run(original, args, kwargs)
+                call = replace(call, problem=problem)
             self.calls.setdefault(name, call)
             return pytree.tree_map_only(Tensor, torch.empty_like, self.outputs[key])
 
         unit.forward = forward
 
-    def _run(self, original: Any, call: Call) -> tuple[Any, Call]:
+    def _run(self, original: Any, args: Any, kwargs: Any) -> tuple[Any, str | None]:
         try:
-            return original(*call.args, **call.kwargs), call
+            return original(*args, **kwargs), None
         except Exception as error:  # any failure of foreign code is a reason in the report
-            problem = describe(error)
-            leaves = pytree.tree_leaves((call.args, call.kwargs))
-            hidden = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-            return hidden, Call(call.args, call.kwargs, problem)
+            leaves = pytree.tree_leaves((args, kwargs))
+            hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+            return hidden, describe(error)
 
 
 def _units(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -141,7 +200,7 @@ def _units(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
 
 
-def _symbolic(inputs: tuple[Any, ...], shadow: Shadow) -> tuple[Any, ...]:
+def _symbolic(inputs: Any, shadow: Shadow) -> Any:
     """The example inputs as fake tensors with symbolic batch and sequence."""
     first = next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     sequence = first.shape[1] if _has_sequence(first) else None
@@ -161,9 +220,30 @@ def _has_sequence(tensor: Tensor) -> bool:
     return tensor.dim() >= 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
 
 
+def _is_store(leaf: Any) -> bool:
+    """Whether a leaf of a call is an object with a state of its own."""
+    plain = (Tensor, nn.Module, type, enum.Enum, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, plain) and not callable(leaf)
+
+
+def _copy(store: Any) -> Any:
+    """The object with copies of all that it holds, but with the same tensors."""
+    return copy.deepcopy(store, {id(tensor): tensor for tensor in _tensors_in(store, set())})
+
+
+def _tensors_in(held: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif id(held) not in seen and not isinstance(held, (type, nn.Module)):
+        seen.add(id(held))
+        parts = held.values() if isinstance(held, dict) else getattr(held, "__dict__", {}).values()
+        for part in held if isinstance(held, (list, tuple)) else parts:
+            yield from _tensors_in(part, seen)
+
+
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return str(tuple(leaf.shape)), leaf.dtype, leaf.device.type
     if isinstance(leaf, (bool, int, float, str, type(None), torch.dtype)):
         return type(leaf), leaf
-    return type(leaf), id(leaf)
+    return type(leaf), None if _is_store(leaf) else id(leaf)

@@ -4,7 +4,9 @@ Probing and tracing work on the shadow, so they cost no memory, may change modes
 like, and cannot leave a hook or a flag behind on the user's model.
 """
 
+import contextlib
 import copy
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,8 @@ class Shadow:
     Attributes:
         model: the copy; same structure and names, no storage.
         mode: the fake-tensor mode that owns its tensors.
-        batch, sequence: the symbolic sizes of the probe's inputs. They may be any size from 0 up.
+        batch, sequence: the symbolic sizes of the probe's inputs. They may be any size from 0 up;
+            their hints are no length of a tuple, so that nobody unpacks a tensor by mistake.
     """
 
     model: nn.Module
@@ -40,6 +43,25 @@ class Shadow:
         self.mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Generator[None]:
+    """Forgets what a forward in it leaves behind on the module: caches, counters, buffers."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (inner, dict(vars(inner)), [dict(vars(inner)[table]) for table in tables])
+        for inner in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for inner, attributes, contents in before:
+            vars(inner).clear()
+            vars(inner).update(attributes)
+            for table, content in zip(tables, contents, strict=True):
+                attributes[table].clear()
+                attributes[table].update(content)
+
+
 def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
     """Copies `model` with fake tensors in the place of its own; `model` is not touched.
 
@@ -52,7 +74,7 @@ def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
     memo: dict[int, Any] = {id(t): _fake(t, mode, device) for t in _tensors(model)}
     shadow = copy.deepcopy(model, memo)
     hf.make_traceable(shadow)
-    return Shadow(shadow, mode, device, _size(env, "batch", 2), _size(env, "sequence", 8))
+    return Shadow(shadow, mode, device, _size(env, "batch", 7), _size(env, "sequence", 8))
 
 
 def training_device(model: nn.Module) -> torch.device:

@@ -22,7 +22,7 @@ from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
-from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.shadow import Shadow, unchanged
 from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.untouched import Touched, Untouched
 
@@ -32,6 +32,10 @@ _ASSERTS = {
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_constrain_range_for_size.default,
 }
+
+
+class HoldsTensors(Exception):
+    """The code reads tensors from an argument, or leaves them there."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,18 @@ def trace(
         matters: collects the names of flags that the unit's code looks at: they keep their values.
         observed: whether somebody may use every output of the unit.
     """
+    stores, call = call.stores(), call.without_stores()
     while True:
         try:
-            capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
+            with unchanged(unit):
+                capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
             for node in capture.graph.nodes:
                 if node.target is exit:
                     node.meta["observed"] = observed and node.args[0] == 0
             return capture
         except Touched as touched:
+            if any(type(store).__name__ == touched.name for store in stores):
+                raise HoldsTensors(f"it keeps tensors in a {touched.name}") from touched
             matters.add(touched.name)
 
 

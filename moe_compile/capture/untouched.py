@@ -25,7 +25,7 @@ class Untouched:
         raise Touched(object.__getattribute__(self, "_name"))
 
     __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = _touch
-    __call__ = __getitem__ = __contains__ = __getattr__ = _touch
+    __call__ = __getitem__ = __setitem__ = __contains__ = __getattr__ = __setattr__ = _touch
     __lt__ = __le__ = __gt__ = __ge__ = _touch
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _touch
     __truediv__ = __rtruediv__ = __neg__ = _touch
@@ -35,3 +35,14 @@ class Untouched:
 
     def __hash__(self) -> int:
         return id(self)
+
+
+class UntouchedStore(Untouched):
+    """Stands for an object in which tensors are kept; `kind` is its type.
+
+    Passing it on is fine; reading tensors from it, or leaving them there, is nothing for a graph.
+    """
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(kind.__name__)
+        object.__setattr__(self, "kind", kind)

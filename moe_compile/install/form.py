@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.capture.boundary import ModuleCall
 from moe_compile.capture.trace import Mode
-from moe_compile.capture.untouched import Untouched
+from moe_compile.capture.untouched import Untouched, UntouchedStore
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,17 @@ class ValueForm:
 
 
 @dataclass(frozen=True)
+class StoreForm:
+    """An object that the captured code only handed on: any of the same type, or a stand-in."""
+
+    kind: type
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a call's argument fits."""
+        return isinstance(value, UntouchedStore) or type(value) is self.kind
+
+
+@dataclass(frozen=True)
 class CallForm:
     """The form of a module call: mode, arguments by position and name, and what does not matter.
 
@@ -67,9 +78,7 @@ class CallForm:
     @classmethod
     def of(cls, call: ModuleCall, tensors: list[Any], mode: Mode) -> "CallForm":
         """The form of a captured call, with its tensor inputs' graph nodes."""
-        leaves: list[Any] = [
-            leaf if isinstance(leaf, Untouched) else ValueForm(leaf) for leaf in call.inputs
-        ]
+        leaves: list[Any] = [_value_form(leaf) for leaf in call.inputs]
         for position, node in zip(call.tensor_inputs, tensors, strict=True):
             leaves[position] = _tensor_form(node.meta["val"])
         args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
@@ -96,6 +105,12 @@ class CallForm:
         return next(leaf.device for leaf in leaves if isinstance(leaf, TensorForm))
 
 
+def _value_form(value: Any) -> Any:
+    if isinstance(value, UntouchedStore):
+        return StoreForm(object.__getattribute__(value, "kind"))
+    return value if isinstance(value, Untouched) else ValueForm(value)
+
+
 def _tensor_form(value: Tensor) -> TensorForm:
     shape: list[Any] = list(value.shape)
     sizes = tuple(size if isinstance(size, int) else None for size in shape)
@@ -106,7 +121,7 @@ def _tensors(form: Any, value: Any) -> tuple[Tensor, ...] | None:
     """The tensors of an argument in order, or None where it does not have the form."""
     if isinstance(form, TensorForm):
         return (value,) if form.accepts(value) else None
-    if isinstance(form, ValueForm):
+    if isinstance(form, (ValueForm, StoreForm)):
         return () if form.accepts(value) else None
     if isinstance(form, Untouched):
         return ()

@@ -70,6 +70,11 @@ class UnitGraph:
         """The name, inside the unit, of the module whose call the node lies in."""
         return self.path(node.meta["calls"][-1])
 
+    def innermost(self, node: fx.Node) -> str:
+        """The name, inside the unit, of the innermost module that the node lies in."""
+        calls = node.meta["calls"]
+        return self.path(next(c for c in reversed(calls) if self.calls[c].path is not None))
+
     def path(self, call: int) -> str:
         """The name, inside the unit, of the module that a call calls."""
         path = self.calls[call].path

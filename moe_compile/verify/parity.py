@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.capture.boundary import enter
 from moe_compile.capture.trace import autocast
-from moe_compile.capture.untouched import Untouched
+from moe_compile.capture.untouched import Untouched, UntouchedStore
 from moe_compile.install.cut import cut
 from moe_compile.install.emit import emit
 from moe_compile.install.forward import Variant
@@ -236,7 +236,9 @@ def _example_call(
     for position, node in zip(call.tensor_inputs, begins.args[1:], strict=True):
         leaves[position] = _example(node.meta["val"], device, seed)
     args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
-    return args, {n: v for n, v in kwargs.items() if not isinstance(v, Untouched)}
+    flags = {n for n, v in kwargs.items() if isinstance(v, Untouched)}
+    flags -= {n for n, v in kwargs.items() if isinstance(v, UntouchedStore)}
+    return args, {n: v for n, v in kwargs.items() if n not in flags}
 
 
 def _example(fake: Tensor, device: torch.device, seed: int) -> Tensor:

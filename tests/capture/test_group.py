@@ -48,7 +48,7 @@ def random(length: int = 6, batch: int = 2) -> Tensor:
 
 def groups(model: nn.Module, *example: Tensor) -> list[Group]:
     shadow = cast_shadow(model)
-    return group(shadow, probe(shadow, example or None))
+    return group(shadow, probe(shadow, example or None).calls)
 
 
 def names(model: nn.Module) -> list[list[str]]:

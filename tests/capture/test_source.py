@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 def captured(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> Iterator[fx.Graph]:
     shadow = cast_shadow(model)
-    for found in group(shadow, probe(shadow, inputs)):
+    for found in group(shadow, probe(shadow, inputs).calls):
         assert found.capture is not None
         yield found.capture.graph
 

@@ -18,6 +18,17 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
+def power_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + EPS, -0.5)
+    return (normed * weight.float()).type_as(x)
+
+
+def narrow_norm(x: Tensor, weight: Tensor) -> Tensor:
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    return weight * (x * torch.rsqrt(variance + EPS)).to(weight.dtype)
+
+
 def rotate_half(x: Tensor) -> Tensor:
     first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     return torch.cat((-second, first), dim=-1)

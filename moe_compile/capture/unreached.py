@@ -1,0 +1,91 @@
+"""What no capture has seen: units that the probe did not get to, and experts beside its path."""
+
+import re
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from moe_compile.capture.group import Group
+from moe_compile.capture.probe import Probe, structure, units
+
+
+@dataclass
+class Missed:
+    """Modules alike that no capture has seen: the first one's name, how many, and why."""
+
+    name: str
+    count: int
+    reason: str
+
+
+def unreached(model: nn.Module, probe: Probe, groups: list[Group]) -> list[Missed]:
+    """What the report would miss.
+
+    The first unit that a failed probe did not get to stands for all of them.
+    """
+    missed = [name for name in units(model) if name not in probe.calls]
+    found: dict[Hashable, Missed] = {}
+    if probe.problem is not None and missed:
+        reason = f"the model's own code fails before it gets here: {probe.problem}"
+        found[None] = Missed(missed[0], len(missed), f"{reason}; pass example_inputs")
+    seen = _seen(model, groups)
+    refused = [name for g in groups if g.capture is None and not g.parts for name in g.names]
+    covered = [*refused, *(missed if found else [])]
+    unexplained = f"{probe.inputs} does not reach it; pass example_inputs that do"
+    problems = {name: g.problem for g in groups if g.problem is not None for name in g.names}
+    for name, holder in _expert_holders(model):
+        if not _within(name, covered) and not any(id(p) in seen for p in holder.parameters()):
+            problem = problems.get(_within(name, problems))
+            reason = f"its code could not be captured: {problem}" if problem else unexplained
+            alike = re.sub(r"\d+", "#", name), structure(holder)
+            found.setdefault(alike, Missed(name, 0, reason)).count += 1
+            covered.append(name)
+    return list(found.values())
+
+
+def _within(name: str, modules: Iterable[str]) -> str:
+    """The innermost of the modules that a module is, or is inside of; "" if there is none."""
+    holding = [outer for outer in modules if f"{name}.".startswith(f"{outer}.")]
+    return max(holding, key=len, default="")
+
+
+def _seen(model: nn.Module, groups: list[Group]) -> set[int]:
+    """The parameters that captured code reads, as ids."""
+    found: set[int] = set()
+    for group in groups:
+        nodes = [] if group.capture is None else group.capture.graph.nodes
+        read = {str(node.target) for node in nodes if node.op == "get_attr" and node.users}
+        for unit in map(model.get_submodule, group.names):
+            named = unit.named_parameters(remove_duplicate=False)
+            found |= {id(parameter) for name, parameter in named if name in read}
+    return found
+
+
+def _expert_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a stack of matrices, or with a row of alike MLPs beside a router."""
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if _has_stack(module) or (_is_row(module) and _routes(parent, module)):
+            yield name, module
+
+
+def _has_stack(module: nn.Module) -> bool:
+    own = module.parameters(recurse=False)
+    return not isinstance(module, _ConvNd) and any(p.dim() == 3 and p.shape[0] > 1 for p in own)
+
+
+def _is_row(module: nn.Module) -> bool:
+    """Several modules of one structure, each with two matrices or more."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+        return False
+    matrices = sum(p.dim() == 2 for p in next(module.children()).parameters())
+    return matrices >= 2 and len({structure(child) for child in module.children()}) == 1
+
+
+def _routes(parent: nn.Module, row: nn.Module) -> bool:
+    """Whether a module beside a row gives one score to each of its members."""
+    beside = [child for child in parent.children() if child is not row]
+    scores = [p for child in beside for p in child.parameters() if p.dim() == 2]
+    return any(len(list(row.children())) in p.shape for p in scores)

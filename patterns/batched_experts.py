@@ -43,17 +43,16 @@ class BatchedExperts(ProvenExperts):
         identity: bool,
     ) -> Tensor:
         """A matrix of weights, zero but for the picks."""
-        count = weights.shape[1] if full else up.shape[0]
-        own = weights if full else torch.zeros(len(x), count).to(weights).scatter(1, ids, weights)
-        picked = torch.zeros_like(own).scatter(1, ids, 1.0)
-        share = (own * picked)[:, : up.shape[0]].T.unsqueeze(-1)
+        own, count = weights.gather(1, ids) if full else weights, up.shape[0]
+        share = own.new_zeros(x.shape[0], count + 1).scatter_add(1, ids.clamp(max=count), own)
+        share = share[:, :count].T.unsqueeze(-1)
         rows = x.expand(up.shape[0], *x.shape)
         rows = torch.bmm(rows * share if weigh_input else rows, up if transposed else up.mT)
         rows = activation(rows if up_bias is None else rows + up_bias.unsqueeze(1))
         rows = torch.bmm(rows, down if transposed else down.mT)
         rows = rows if down_bias is None else rows + down_bias.unsqueeze(1)
         out = (rows if weigh_input else rows * share).sum(0).to(x.dtype)
-        beyond = (own * picked)[:, up.shape[0] :].sum(1, keepdim=True)
+        beyond = (own * (ids >= count)).sum(1, keepdim=True)
         return out + x * beyond if identity else out
 
     @staticmethod

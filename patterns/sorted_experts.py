@@ -46,16 +46,17 @@ class SortedExperts(ProvenExperts):
         """Sorted stably; summed by index."""
         picks = ids.reshape(-1)
         order = picks.argsort(stable=True)
+        expert = picks[order].clamp(max=up.shape[0] - 1)
         ends = torch.bincount(picks, minlength=up.shape[0])[: up.shape[0]].cumsum(0).int()
         token, own = order // ids.shape[1], weights.gather(1, ids) if full else weights
         weight = own.reshape(-1)[order].unsqueeze(-1)
         rows = x[token] * weight if weigh_input else x[token]
         rows = grouped_mm(rows, up if transposed else up.mT, ends)
-        rows = activation(rows if up_bias is None else rows + up_bias[picks[order]])
+        rows = activation(rows if up_bias is None else rows + up_bias[expert])
         rows = grouped_mm(rows, down if transposed else down.mT, ends)
-        rows = rows if down_bias is None else rows + down_bias[picks[order]]
+        rows = rows if down_bias is None else rows + down_bias[expert]
         rows = rows if weigh_input else rows * weight
-        out = torch.zeros(len(x), rows.shape[1]).to(x).index_add(0, token, rows.to(x.dtype))
+        out = torch.zeros(x.shape[0], rows.shape[1]).to(x).index_add(0, token, rows.to(x.dtype))
         beyond = (own * (ids >= up.shape[0])).sum(1, keepdim=True)
         return out + x * beyond if identity else out
 

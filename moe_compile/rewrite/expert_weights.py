@@ -1,5 +1,6 @@
 """Which operands are the weights of experts: parts of a stack, slices, or parameters in a row."""
 
+import operator
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def _part_of_stack(node: fx.Node) -> tuple[fx.Node, int] | None:
     """The stack and the number, where the node is one expert's part of a whole parameter."""
     if node.target is aten.select.int and node.args[1] == 0:
         whole, index = node.args[0], node.args[2]
+    elif node.target is operator.getitem and _is_unbound(node.args[0]):
+        whole, index = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
     elif node.target in (aten.squeeze.dim, aten.reshape.default):
         whole, index = _single_slice(node.args[0])
     else:
@@ -92,6 +95,11 @@ def _part_of_stack(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not isinstance(whole, fx.Node) or not isinstance(index, int) or not is_stored(whole):
         return None
     return whole, index
+
+
+def _is_unbound(node: Any) -> bool:
+    """Whether it is the list of the parts of a stack."""
+    return node.target is aten.unbind.int and node.args[1:] in ((), (0,))
 
 
 def _single_slice(node: Any) -> tuple[Any, Any]:

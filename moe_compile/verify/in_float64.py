@@ -9,7 +9,16 @@ _NARROW = {torch.float16, torch.bfloat16, torch.float32}
 
 
 class InFloat64(TorchDispatchMode):
-    """Turns casts to narrower floats into casts to float64."""
+    """Turns casts to narrower floats into casts to float64, also those of new tensors."""
+
+    def __enter__(self) -> Any:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

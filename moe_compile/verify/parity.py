@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
 from moe_compile.capture.boundary import enter
 from moe_compile.capture.trace import autocast
 from moe_compile.capture.untouched import Untouched, UntouchedStore
@@ -178,7 +179,7 @@ def run(
     outputs = [leaves[i] for i in used]
     sources = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
     sources |= {n: p for n, p in owner.named_parameters() if p.requires_grad}
-    cotangents = [torch.randn(o.shape, generator=_seeded(i)).to(o) for i, o in enumerate(outputs)]
+    cotangents = [_draw(o, i) for i, o in enumerate(outputs)]
     differentiable = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     grads = torch.autograd.grad(
         [o for o, _ in differentiable],
@@ -189,6 +190,11 @@ def run(
     )
     named = {f"output {i}": o.detach() for i, o in zip(used, outputs, strict=True)}
     return named | {f"gradient of {n}": g for n, g in zip(sources, grads, strict=True)}, used
+
+
+def _draw(like: Tensor, seed: int) -> Tensor:
+    """The same numbers for every dtype."""
+    return torch.randn(like.shape, generator=_seeded(seed), dtype=torch.float32).to(like)
 
 
 def _run_rewrite(
@@ -261,7 +267,7 @@ def _in_float64(
     program: Program, owner: nn.Module, tensors: list[Tensor], used: list[int]
 ) -> Values:
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
-    with InFloat64():
+    with InFloat64(), AnyDtypeGroupedMM():
         return run(program, copy.deepcopy(owner).double(), wide, used)[0]
 
 
@@ -304,7 +310,7 @@ def _prove_over_field(
 
     parameters = [p.detach() for p in module.parameters()]
     try:
-        with InFloat64():
+        with InFloat64(), AnyDtypeGroupedMM():
             prove(function(before), function(after), [*wide, *parameters])
     except Disproved as disproof:
         raise Refuse(f"disproved over a prime field: {disproof}") from None

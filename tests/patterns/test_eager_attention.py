@@ -111,7 +111,7 @@ def tiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     [
         (over_queries, "expected dim=3, found 2"),
         (in_the_inputs_dtype, "expected dtype=torch.float32, found None"),
-        (values_for_keys, "expected aten.slice.Tensor, found aten.softmax.int"),
+        (values_for_keys, "expected aten.transpose.int, found aten.sin.default"),
         (learned_scale, "a computed value where a literal is expected"),
         (weights_used_outside, "the inner value softmax.* is used by exit.* outside the idiom"),
     ],

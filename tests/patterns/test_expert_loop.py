@@ -1,0 +1,146 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compile.passes import RaiseExperts
+from moe_compile.patterns import ExpertLoop
+from moe_compile.rewrite.unit_graph import UnitGraph
+from tests.patterns.harness import SEQUENCE, assert_refused, canonical_node, normal, unit_of
+from tests.patterns.idioms import EXPERTS, experts_unit, swiglu
+from tests.patterns.proven import CHOICES, Choice, assert_raised_by, assert_same_sum
+
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def body(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(swiglu(F.linear(rows, up)), down)
+
+
+def hit_only(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Those that some token picked, as transformers' eager experts."""
+    out, mask = torch.zeros_like(x), F.one_hot(ids, EXPERTS).permute(2, 1, 0)
+    for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        expert = hit[0]
+        if expert == EXPERTS:
+            continue
+        pick, token = torch.where(mask[expert])
+        rows = body(x[token], up[expert], down[expert])
+        out.index_add_(0, token, rows * weights[token, pick, None])
+    return out
+
+
+def by_mask(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Assigned under boolean masks, as DeepSeek's code in training."""
+    flat, rows = ids.view(-1), x.repeat_interleave(ids.shape[1], dim=0)
+    out = torch.empty_like(rows)
+    for expert in range(EXPERTS):
+        out[flat == expert] = body(rows[flat == expert], up[expert], down[expert])
+    return (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+def by_counts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Sorted and split by counts on the host, as DeepSeek's code in evaluation."""
+    order, results, start = ids.view(-1).argsort(), list[Tensor](), 0
+    rows, counts = x[order // ids.shape[1]], F.one_hot(ids.view(-1), EXPERTS).sum(0)
+    for expert, count in enumerate(counts.cpu().numpy()):
+        if count == 0:
+            continue
+        results.append(body(rows[start : start + count], up[expert], down[expert]))
+        start = start + count
+    joined = torch.cat(results)
+    out = torch.empty_like(joined)
+    out[order] = joined
+    return (out.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+def two_loops(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Each product a loop of its own, the activation between them on all rows."""
+    order = ids.view(-1).argsort()
+    sizes = F.one_hot(ids.view(-1), EXPERTS).sum(0).tolist()
+    rows = x[order // ids.shape[1]].split(sizes)
+    hidden = torch.cat([F.linear(r, w) for r, w in zip(rows, up, strict=True)])
+    rows = swiglu(hidden).split(sizes)
+    joined = torch.cat([F.linear(r, w) for r, w in zip(rows, down, strict=True)])
+    weighed = joined * weights.reshape(-1)[order].unsqueeze(-1)
+    return torch.zeros_like(x).index_add(0, order // ids.shape[1], weighed)
+
+
+def everywhere(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Every expert sees every token."""
+    share = torch.zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+    out = torch.zeros_like(x)
+    for expert in range(EXPERTS):
+        out = out + share[:, expert, None] * body(x, up[expert], down[expert])
+    return out
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_before_is_raised_and_proven(choice: Choice) -> None:
+    assert_raised_by(ExpertLoop(), choice)
+    assert_same_sum(ExpertLoop(), choice)
+
+
+def routed(function: Experts) -> UnitGraph:
+    """The function behind a router, whose picks differ."""
+
+    def block(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weights, ids = scores.topk(2, dim=-1)
+        return function(x, ids, weights, up, down)
+
+    weights = {"up": normal(EXPERTS, 12, 8), "down": normal(EXPERTS, 8, 6)}
+    return unit_of(block, normal(SEQUENCE, 8), normal(SEQUENCE, EXPERTS), **weights)
+
+
+@pytest.mark.parametrize("function", [hit_only, by_mask, by_counts, two_loops, everywhere])
+def test_rewrites_any_routing_that_is_a_weighted_sum(function: Experts) -> None:
+    unit = routed(function)
+    assert RaiseExperts().run(unit) == 1
+    node = canonical_node(unit)
+    assert node.meta["made_by"][1] == "expert_loop"
+    assert [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"] == ["up", "down"]
+
+
+def doubled(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The weights squared: a sum, but with other weights at each pick than the ones proven."""
+    return everywhere(x, ids, weights, up, down) * everywhere(x, ids, weights, up, down)
+
+
+def largest(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    share = torch.zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+    every = [share[:, e, None] * body(x, up[e], down[e]) for e in range(EXPERTS)]
+    return torch.stack(every).amax(0)
+
+
+def expert_choice(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Experts pick tokens."""
+    share = torch.zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+    best, token = share.topk(2, dim=0)
+    out = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        rows = body(x[token[:, e]], up[e], down[e]) * best[:, e, None]
+        out = out.index_add(0, token[:, e], rows)
+    return out
+
+
+def centred(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """An expert sees the mean of its tokens."""
+    out = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        token, pick = torch.where(ids == e)
+        rows = x[token] - x[token].mean(0, keepdim=True)
+        out = out.index_add(0, token, body(rows, up[e], down[e]) * weights[token, pick, None])
+    return out
+
+
+@pytest.mark.parametrize("function", [doubled, largest, expert_choice, centred])
+def test_refuses_look_alikes(function: Experts) -> None:
+    assert_refused(RaiseExperts(), ExpertLoop(), routed(function), ".+")
+
+
+def test_picks_that_may_repeat_are_added() -> None:
+    """`everywhere` keeps one weight of two equal picks, the canonical op adds both."""
+    reason = "the result is no weighted sum of the picked experts.*"
+    assert_refused(RaiseExperts(), ExpertLoop(), experts_unit(everywhere), reason)

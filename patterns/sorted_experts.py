@@ -49,7 +49,8 @@ class SortedExperts(ProvenExperts):
         expert = picks[order].clamp(max=up.shape[0] - 1)
         ends = torch.bincount(picks, minlength=up.shape[0])[: up.shape[0]].cumsum(0).int()
         token, own = order // ids.shape[1], weights.gather(1, ids) if full else weights
-        weight = own.reshape(-1)[order].unsqueeze(-1)
+        here = own.masked_fill(ids >= up.shape[0], 0.0)
+        weight = here.reshape(-1)[order].unsqueeze(-1)
         rows = x[token] * weight if weigh_input else x[token]
         rows = grouped_mm(rows, up if transposed else up.mT, ends)
         rows = activation(rows if up_bias is None else rows + up_bias[expert])

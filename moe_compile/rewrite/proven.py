@@ -28,15 +28,19 @@ class ProvenExperts(Pattern):
         """The blocks that are proven; why others are not is noted in `miss`."""
         for block in self.bodies(graph):
             try:
-                if isinstance(block, Refuse):
-                    raise block
-                check_row_wise(block.activation)
-                match = self._match(block, prove_routing(graph, block))
-                check_escapes(match)
+                match = self._proven(graph, block)
             except Refuse as refusal:
-                miss.offer(1, 2, refusal.node or "", refusal.reason)
+                miss.offer(1, 2, refusal.node or "", refusal.reason, remedy=refusal.remedy)
                 continue
             yield match
+
+    def _proven(self, graph: fx.Graph, block: Bodies | Refuse) -> Match:
+        if isinstance(block, Refuse):
+            raise block
+        check_row_wise(block.activation)
+        match = self._match(block, prove_routing(graph, block))
+        check_escapes(match)
+        return match
 
     def _match(self, block: Bodies, routing: Routing) -> Match:
         transposed = block.down.transposed

@@ -146,7 +146,7 @@ class _Slice:
 
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
-        failure = Refuse("no expert ids [tokens, k] lead to the experts' rows", self.root)
+        failure = self._stranger()
         for ids in self._candidates(torch.int64):
             for free in [*self._candidates(torch.float32), None]:
                 inner = self._closed([self.tokens, ids, *([free] if free else [])])
@@ -157,6 +157,17 @@ class _Slice:
                     return attempt
                 failure = attempt
         return failure
+
+    def _stranger(self) -> Refuse:
+        """Why no cut may be closed: a parameter that is not the experts' own, or no ids."""
+        known = [*self._candidates(torch.int64), *self._candidates(torch.float32)]
+        inner = self._between([self.tokens, *known])
+        for node in inner:
+            if node.op == "get_attr":
+                user = next(user for user in node.users if user in inner)
+                reason = f"{node.target} takes part, which is no weight of the two products"
+                return Refuse(reason, user)
+        return Refuse("no expert ids [tokens, k] lead to the experts' rows", self.root)
 
     def _between(self, inputs: list[fx.Node]) -> list[fx.Node]:
         """Everything above the root, up to the inputs, in order; parameters included."""

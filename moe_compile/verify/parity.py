@@ -193,8 +193,8 @@ def run(
 
 
 def _draw(like: Tensor, seed: int) -> Tensor:
-    """The same numbers for every dtype."""
-    return torch.randn(like.shape, generator=_seeded(seed), dtype=torch.float32).to(like)
+    """The same numbers for every dtype, also where narrower ones are widened."""
+    return torch.randn(like.shape, generator=_seeded(seed), dtype=torch.float64).to(like)
 
 
 def _run_rewrite(

@@ -62,8 +62,8 @@ def assert_same_sum(pattern: ProvenExperts, choice: Choice) -> None:
         if choice["weigh_input"]:
             inputs = inputs[:-2]
             fixed |= {"up_bias": None, "down_bias": None}
-        spellings = (_over_tensors(f, own, fixed) for f in (pattern.before, pattern.after))
-        prove(*spellings, [t.double() for t in inputs])
+        before, after = (_over_tensors(f, own, fixed) for f in (pattern.before, pattern.after))
+        prove(before, after, [t.double() for t in inputs])
 
 
 def _over_tensors(spelling: Any, ids: Tensor, fixed: Any) -> Any:

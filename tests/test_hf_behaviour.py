@@ -306,7 +306,11 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {"output": output.detach()} | named
 
 
-FUNCTIONS = {"beside the norm": {"rewritten"}, "inside the norm": set(), "the whole norm": set()}
+FUNCTIONS = {
+    "beside the norm": {"rewritten"},
+    "inside the norm": {"refused"},
+    "the whole norm": {"refused"},
+}
 
 
 @pytest.mark.parametrize("where", FUNCTIONS)

@@ -198,9 +198,9 @@ def side_by_side(sources: list[fx.Node], result: Any, inner: set[fx.Node]) -> Re
 def _count_from_back(node: fx.Node) -> None:
     """Dimensions as they are for rows of any rank: experts are called with [rows, width]."""
     position = next((i for i, a in enumerate(schema_names(node)) if a == "dim"), None)
-    if position is not None and position < len(node.args):
-        dim: Any = node.args[position]
-        node.update_arg(position, dim - value(node).dim() if dim >= 0 else dim)
+    dim: Any = node.args[position] if position is not None and position < len(node.args) else None
+    if position is not None and isinstance(dim, int) and dim >= 0:
+        node.update_arg(position, dim - value(node).dim())
 
 
 def _columns(graph: fx.Graph, x: fx.Node, source: fx.Node, end: int) -> fx.Node:

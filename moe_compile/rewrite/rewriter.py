@@ -98,11 +98,12 @@ class _Writer(GraphAppendingTracer):
 
     def _result(self, node: fx.Node) -> Any:
         """The root's value; experts give it in the dtype of their tokens."""
-        value, first = self.meta["val"], node.args[0]
+        value = self.meta["val"]
         if node.target is not ops.experts:
             return value
+        tokens = ops.experts.arguments(*node.args, **node.kwargs)["x"].meta["val"]
         with detect_fake_mode([value]):  # type: ignore[union-attr]
-            return value.to(first.meta["val"].dtype)  # type: ignore[union-attr]
+            return value.to(tokens.dtype)
 
 
 def _fake_value(node: fx.Node) -> Any:

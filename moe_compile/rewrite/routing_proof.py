@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.rewrite.expert_bodies import Bodies, Step
@@ -142,9 +143,25 @@ def agrees(cut: Cut, forms: Iterable[Form]) -> Iterator[Form]:
         except _FAILURES as error:
             raise Refuse(_not_alone(error), cut.root) from None
         for form in forms:
+            if not _is_outside(form.weights, cut):
+                continue
             actual = _after(cut, form)(*inputs)
             if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-8):
                 yield form
+
+
+def _is_outside(weights: fx.Node, cut: Cut) -> bool:
+    """Whether a value depends on nothing that experts computed."""
+    steps, known = set(cut.bodies.nodes), {cut.tokens, cut.ids, cut.free}
+    todo, seen = [weights], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in steps:
+            return False
+        if node not in seen and node not in known and not _is_known_size(node):
+            seen.add(node)
+            todo += flows_into(node)
+    return True
 
 
 def _not_alone(error: Exception) -> str:
@@ -286,10 +303,15 @@ def _functions(tensors: tuple[Tensor, ...]) -> _Functions:
     return _Functions((up, wide), (narrow, down), bias[0] if bias else None)
 
 
+def _is_known_size(node: fx.Node) -> bool:
+    """Whether it is a size that the number of tokens gives, and no count of rows."""
+    return is_size(node) and not free_unbacked_symbols(value(node))
+
+
 def _value_of(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
     """A node's value, from those that are known."""
     if node not in env:
-        for source in flows_into(node):
+        for source in [] if _is_known_size(node) else flows_into(node):
             _value_of(source, env, sizes)
         env[node] = _step(node, env, sizes)
     return env[node]
@@ -297,7 +319,7 @@ def _value_of(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
 
 def _step(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
     """Runs one node; a size that nothing known has is computed from the number of tokens."""
-    if is_size(node) and not all(source in env for source in node.all_input_nodes):
+    if _is_known_size(node):
         return _size(value(node), sizes)
 
     def real(argument: Any) -> Any:

@@ -16,15 +16,12 @@ from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.proven import ProvenExperts
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.stacked_bodies import batched_bodies
-from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class BatchedExperts(ProvenExperts):
     """Every token through every expert; most of the weights are zero."""
 
     name = "batched_experts"
-    shapes = {"x": (6, 8), "ids": (6, 2), "weights": (6, 2), "up": (4, 8, 8), "down": (4, 8, 8)}
-    integers = frozenset({"ids"})
 
     @staticmethod
     def before(
@@ -54,38 +51,6 @@ class BatchedExperts(ProvenExperts):
         out = (rows if weigh_input else rows * share).sum(0).to(x.dtype)
         beyond = (own * (ids >= count)).sum(1, keepdim=True)
         return out + x * beyond if identity else out
-
-    @staticmethod
-    def after(
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        *,
-        transposed: bool,
-        weigh_input: bool,
-        full: bool,
-        identity: bool,
-    ) -> Tensor:
-        """The canonical op."""
-        return weighted_sum(
-            x,
-            ids,
-            weights,
-            up,
-            down,
-            activation,
-            up_bias,
-            down_bias,
-            transposed=transposed,
-            weigh_input=weigh_input,
-            full=full,
-            identity=identity,
-        )
 
     def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """Batched products with stacks."""

@@ -17,15 +17,12 @@ from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.proven import ProvenExperts
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unrolled_bodies import unrolled_bodies
-from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class ExpertLoop(ProvenExperts):
     """The loop of model code, unrolled by the trace."""
 
     name = "expert_loop"
-    shapes = {"x": (6, 8), "ids": (6, 2), "weights": (6, 2), "up": (4, 8, 8), "down": (4, 8, 8)}
-    integers = frozenset({"ids"})
 
     @staticmethod
     def before(
@@ -59,38 +56,6 @@ class ExpertLoop(ProvenExperts):
             rows = rows if down_bias is None else rows + down_bias[expert]
             out = out.index_add(0, token, (rows if weigh_input else rows * weight).to(x.dtype))
         return out
-
-    @staticmethod
-    def after(
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        *,
-        transposed: bool,
-        weigh_input: bool,
-        full: bool,
-        identity: bool,
-    ) -> Tensor:
-        """The canonical op."""
-        return weighted_sum(
-            x,
-            ids,
-            weights,
-            up,
-            down,
-            activation,
-            up_bias,
-            down_bias,
-            transposed=transposed,
-            weigh_input=weigh_input,
-            full=full,
-            identity=identity,
-        )
 
     def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """Products with the weights of one expert after the other."""

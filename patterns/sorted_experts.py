@@ -17,15 +17,12 @@ from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.proven import ProvenExperts
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.stacked_bodies import grouped_bodies
-from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class SortedExperts(ProvenExperts):
     """Grouped products of sorted rows, whatever sorts them."""
 
     name = "sorted_experts"
-    shapes = {"x": (6, 8), "ids": (6, 2), "weights": (6, 2), "up": (4, 8, 8), "down": (4, 8, 8)}
-    integers = frozenset({"ids"})
 
     @staticmethod
     def before(
@@ -60,38 +57,6 @@ class SortedExperts(ProvenExperts):
         out = torch.zeros(x.shape[0], rows.shape[1]).to(x).index_add(0, token, rows.to(x.dtype))
         beyond = (own * (ids >= up.shape[0])).sum(1, keepdim=True)
         return out + x * beyond if identity else out
-
-    @staticmethod
-    def after(
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        *,
-        transposed: bool,
-        weigh_input: bool,
-        full: bool,
-        identity: bool,
-    ) -> Tensor:
-        """The canonical op."""
-        return weighted_sum(
-            x,
-            ids,
-            weights,
-            up,
-            down,
-            activation,
-            up_bias,
-            down_bias,
-            transposed=transposed,
-            weigh_input=weigh_input,
-            full=full,
-            identity=identity,
-        )
 
     def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """Grouped products with stacks."""

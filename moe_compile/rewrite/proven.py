@@ -12,13 +12,20 @@ from moe_compile.rewrite.pattern import Match, Pattern
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.region import check_row_wise
 from moe_compile.rewrite.routing import Routing, prove_routing
+from moe_compile.rewrite.weighted_sum import weighted_sum
 
 
 class ProvenExperts(Pattern):
-    """Experts that a subclass finds by their weights; `before` is one of many spellings."""
+    """Experts that a subclass finds by their weights; `before` is one of many spellings.
+
+    All of them mean the same: `after` is the weighted sum.
+    """
 
     kind: ClassVar[str] = "experts"
     exact: ClassVar[bool] = False
+    shapes = {"x": (6, 8), "ids": (6, 2), "weights": (6, 2), "up": (4, 8, 8), "down": (4, 8, 8)}
+    integers = frozenset({"ids"})
+    after = staticmethod(weighted_sum)
 
     def bodies(self, graph: fx.Graph) -> Iterator[Bodies | Refuse]:
         """What the experts of each block compute."""

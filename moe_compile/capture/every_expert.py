@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
 from moe_compile.capture.conversions import free_conversions
 
-_SEVERAL = 3
-"""How many rows an expert gets, where the code asks."""
+_SEVERAL = (3, 1 << 40)
+"""How many rows an expert gets, where the code asks: what it does must be the same for both."""
 
 _NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
 _TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
@@ -179,6 +179,15 @@ class HitShapeEnv(ShapeEnv):
         try:
             return super().evaluate_expr(orig_expr, *args, **kwargs)
         except GuardOnDataDependentSymNode:
-            several = dict.fromkeys(free_unbacked_symbols(orig_expr), sympy.Integer(_SEVERAL))
-            answer = orig_expr.xreplace(several)
-            return super().evaluate_expr(answer, *args, **kwargs)
+            counts = free_unbacked_symbols(orig_expr)
+            few, many = (
+                super(HitShapeEnv, self).evaluate_expr(
+                    orig_expr.xreplace(dict.fromkeys(counts, sympy.Integer(several))),
+                    *args,
+                    **kwargs,
+                )
+                for several in _SEVERAL
+            )
+            if few != many:
+                raise
+            return few

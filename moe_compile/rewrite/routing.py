@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_compile.rewrite.expert_bodies import Bodies
+from moe_compile.rewrite.limits import check_no_limit
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.routing_proof import (
@@ -215,6 +216,7 @@ class _Slice:
         cut = Cut(self.root, self.tokens, ids, free, inner, self.bodies)
         failure = Refuse("the result is no weighted sum of the picked experts", self.root)
         try:
+            check_no_limit(cut)
             for form in agrees(cut, self._forms(cut)):
                 problem = disproof(cut, form)
                 if problem is None:

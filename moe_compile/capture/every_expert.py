@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
@@ -21,11 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
 from moe_compile.capture.conversions import free_conversions
+from moe_compile.capture.symbolic_ints import symbolic_ints
 
 _SEVERAL = (3, 1 << 40)
 """How many rows an expert gets, where the code asks: what it does must be the same for both."""
 
 _NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
+_COUNTS = {torch.bincount, Tensor.bincount}
 _TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
 _FALSE_IF_HIT = {"eq", "__eq__", "equal", "lt", "__lt__", "less", "le", "__le__", "logical_not"}
 
@@ -94,9 +96,9 @@ class Hits:
 
 
 @contextlib.contextmanager
-def traceable() -> Generator[None]:
-    """In it, expert blocks of every kind run on fake tensors."""
-    with free_conversions(), AnyDtypeGroupedMM(), EveryExpertHit():
+def traceable(*modules: nn.Module) -> Generator[None]:
+    """In it, expert blocks of every kind, of these modules, run on fake tensors."""
+    with free_conversions(), symbolic_ints(modules), AnyDtypeGroupedMM(), EveryExpertHit():
         yield
 
 
@@ -117,6 +119,8 @@ class EveryExpertHit(TorchFunctionMode):
             return _hits(args[0], as_tuple=True)
         if func is Tensor.__bool__ and id(args[0]) in self.answers:
             return self.answers[id(args[0])][1]
+        if func in _COUNTS:
+            return _counts(*args, **kwargs)
         if func is Tensor.numpy:
             return _as_numbers(args[0])
         if func is Tensor.__getitem__:
@@ -162,6 +166,14 @@ def _hits(vector: Tensor, as_tuple: bool) -> Any:
     return (hits,) if as_tuple else hits
 
 
+def _counts(numbers: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """`bincount` of the numbers of experts: as many counts as the code expects at least."""
+    if minlength == 0:
+        return torch.bincount(numbers, weights, minlength)
+    ones = torch.ones_like(numbers) if weights is None else weights
+    return ones.new_zeros(minlength).scatter_add(0, numbers.long(), ones)
+
+
 def _as_numbers(tensor: Tensor) -> Any:
     """Counts on the host, as numpy has them, with symbolic sizes in the place of numbers."""
     import numpy
@@ -172,13 +184,19 @@ def _as_numbers(tensor: Tensor) -> Any:
 
 
 class HitShapeEnv(ShapeEnv):
-    """Symbolic sizes, of which those that depend on the routing are taken to be several rows."""
+    """Symbolic sizes, of which those that depend on the routing are taken to be several rows.
+
+    Where the experts' rows meet something as long as all picks, they are all rows: else the code
+    would fail.
+    """
 
     def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
         """The answer to a question on sizes."""
         try:
             return super().evaluate_expr(orig_expr, *args, **kwargs)
         except GuardOnDataDependentSymNode:
+            if _may_be_all_rows(orig_expr):
+                return sympy.true
             counts = free_unbacked_symbols(orig_expr)
             few, many = (
                 super(HitShapeEnv, self).evaluate_expr(
@@ -191,3 +209,12 @@ class HitShapeEnv(ShapeEnv):
             if few != many:
                 raise
             return few
+
+
+def _may_be_all_rows(expr: Any) -> bool:
+    """Whether it says that rows which depend on the routing are as many as tokens or picks."""
+    if not isinstance(expr, sympy.Eq):
+        return False
+    sides = [side.free_symbols for side in expr.args]
+    routed = free_unbacked_symbols(expr)
+    return any(side & routed for side in sides) and any(side - routed for side in sides)

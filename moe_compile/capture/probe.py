@@ -106,7 +106,7 @@ def _probe(shadow: Shadow, inputs: str, call: Call) -> Probe:
     with unchanged(shadow.model):
         for name, unit in units(shadow.model).items():
             recorder.attach(name, unit)
-        with shadow.mode, enable_python_dispatcher(), traceable(), torch.no_grad():
+        with shadow.mode, enable_python_dispatcher(), traceable(shadow.model), torch.no_grad():
             try:
                 shadow.model(*call.args, **call.kwargs)
             except Exception as error:  # any failure of foreign code is a reason in the report

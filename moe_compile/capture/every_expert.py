@@ -128,12 +128,16 @@ class EveryExpertHit(TorchFunctionMode):
         if func is Tensor.__setitem__:
             args = tuple(map(_with_sizes, args))
         result = func(*args, **kwargs)
-        self._remember(getattr(func, "__name__", ""), result)
+        self._remember(getattr(func, "__name__", ""), args, result)
         return result
 
-    def _remember(self, name: str, result: Any) -> None:
-        """The answer to a question that was asked with a tensor of one element."""
-        if name not in _TRUE_IF_HIT | _FALSE_IF_HIT:
+    def _remember(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """The answer to a question that was asked with a tensor of one element.
+
+        Whether an expert got more than some number of rows differs from call to call.
+        """
+        beyond_one = any(isinstance(a, (int, float)) and abs(a) > 1 for a in args[1:])
+        if name not in _TRUE_IF_HIT | _FALSE_IF_HIT or beyond_one:
             return
         if isinstance(result, Tensor) and result.dim() == 0:
             self.answers[id(result)] = (result, name in _TRUE_IF_HIT)

@@ -5,15 +5,17 @@ is computed below such a constant holds for less than that many tokens, and for 
 """
 
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_compile.rewrite.normal_form import aten, schema_arguments, schema_names, value
 from moe_compile.rewrite.refuse import Refuse
-from moe_compile.rewrite.routing_proof import Cut, per_row
+from moe_compile.rewrite.routing_proof import Cut, is_size, per_row
 
 _COUNTS = {
     aten.histc.default,
@@ -54,7 +56,7 @@ def check_no_limit(cut: Cut) -> None:
     for node in cut.inner:
         if node.op != "call_function":
             continue
-        if any(source in known for source in node.all_input_nodes):
+        if not is_size(node) and any(source in known for source in node.all_input_nodes):
             known.add(node)
         limit = _limit(node, counts, known, choices)
         if limit is not None:
@@ -96,10 +98,8 @@ def _carried(node: fx.Node) -> Iterator[fx.Node]:
             yield from (each for each in several if isinstance(each, fx.Node))
 
 
-def _limit(
-    node: fx.Node, counts: set[fx.Node], known: set[fx.Node | None], choices: int
-) -> Any:
-    """The constant that a count meets in a node, or None.
+def _limit(node: fx.Node, counts: set[fx.Node], known: set[fx.Node | None], choices: int) -> Any:
+    """What bounds a count in a node: a literal, a size, or a constant tensor; None without one.
 
     Dividing by as many as the `choices` turns places of picks into tokens, and is none.
     """
@@ -108,29 +108,39 @@ def _limit(
     if not any(source in counts for source in _carried(node)):
         return None
     if node.target in _DIVISIONS:
-        return next((n for n in _numbers(node) if n > choices), None)
+        return next((n for n in _operands(node) if isinstance(n, int) and n > choices), None)
     if node.target not in _SHIFTS:
         return None
-    fixed = [n for n in node.all_input_nodes if n not in known | counts and not _is_zeros(n)]
-    return next((n for n in _numbers(node) if n > 1), None) or (fixed[0] if fixed else None)
+    others = (n for n in _operands(node) if n not in counts and n not in known)
+    return next((other for other in others if _is_bound(other)), None)
 
 
-def _slice_limit(node: fx.Node) -> int | None:
+def _slice_limit(node: fx.Node) -> Any:
     """The end of a part of any number of rows; a count for each expert is a row for none."""
     arguments = schema_arguments(node)
     source, dim = arguments["self"], arguments["dim"]
-    if source.target is aten.bincount.default or isinstance(value(source).shape[dim], int):
+    size = value(source).shape[dim]
+    if source.target is aten.bincount.default or isinstance(size, int):
         return None
-    ends = [abs(e) for e in (arguments["start"], arguments["end"]) if isinstance(e, int)]
-    return next((end for end in ends if 1 < end < 1 << 62), None)
+    ends = [end for end in (arguments["start"], arguments["end"]) if end != sys.maxsize]
+    if not free_unbacked_symbols(size):
+        ends = [end for end in ends if isinstance(end, int)]
+    return next((end for end in ends if _is_bound(end)), None)
 
 
-def _numbers(node: fx.Node) -> list[float]:
-    """The sizes of the literal operands; `dim`s and the like are none."""
-    names = ("other", "min", "max", "num_classes")
+def _operands(node: fx.Node) -> list[Any]:
+    """What a count may be compared with; dimensions and the like are none."""
     given = schema_arguments(node)
-    return [abs(given[n]) for n in names if isinstance(given.get(n), (int, float))]
+    return [given[name] for name in ("self", "other", "min", "max", "num_classes") if name in given]
 
 
-def _is_zeros(node: fx.Node) -> bool:
-    return isinstance(value(node), (torch.SymInt, int)) or "zeros" in str(node.target)
+def _is_bound(operand: Any) -> bool:
+    """Whether it is a number beyond one, a size, or a tensor of such."""
+    if isinstance(operand, fx.Node):
+        result = value(operand)
+        return (
+            "zeros" not in str(operand.target) if isinstance(result, Tensor) else _is_bound(result)
+        )
+    if isinstance(operand, torch.SymInt):
+        return not free_unbacked_symbols(operand)
+    return isinstance(operand, (int, float)) and abs(operand) > 1

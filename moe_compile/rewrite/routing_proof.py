@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies, Step
 from moe_compile.rewrite.normal_form import aten, schema_arguments, value
 from moe_compile.rewrite.refuse import Refuse
@@ -51,6 +52,7 @@ class Cut:
         free: [T, ...], what the weights are computed from; None where they are constants.
         inner: the nodes between these and the root, in order.
         bodies: the experts among them.
+        mask: where `ids` are a mask that picks follow from, what is known of it.
     """
 
     root: fx.Node
@@ -59,6 +61,7 @@ class Cut:
     free: fx.Node | None
     inner: list[fx.Node]
     bodies: Bodies
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Form:
 
 def disproof(cut: Cut, form: Form) -> str | None:
     """Why the nodes are not the canonical op; None where they are."""
-    distinct = _are_distinct(cut.ids)
+    distinct = cut.mask is not None or _are_distinct(cut.ids)
     for tokens, repeats in ((5, False), (2, False), (3, True)):
         if repeats and distinct:
             continue
@@ -176,14 +179,12 @@ def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
 
 def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
     """Random ids, tokens, free values and functions."""
-    bodies, picks = cut.bodies, per_row(cut.ids)
+    bodies = cut.bodies
     generator = torch.Generator().manual_seed(tokens)
 
     def random(*sizes: int) -> Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.1
 
-    chance = torch.rand(tokens, choices_of(cut.ids, bodies.count), generator=generator)
-    ids = torch.multinomial(chance, picks, replacement=repeats, generator=generator)
     given = [
         random(tokens, value(cut.tokens).shape[1]),
         random(1) if cut.free is None else random(tokens, *value(cut.free).shape[1:]),
@@ -193,8 +194,18 @@ def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
         random(bodies.count, _RANK, value(bodies.results[0]).shape[-1]),
         random(bodies.count, value(bodies.results[0]).shape[-1]),
     ]
-    shaped = ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
-    return [shaped, *(given if _has_offset(bodies) else given[:-1])]
+    ids = _random_ids(cut, tokens, repeats, generator)
+    return [ids, *(given if _has_offset(bodies) else given[:-1])]
+
+
+def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator) -> Tensor:
+    """Picks of each token, or a mask; where picks may repeat, the first token's are all alike."""
+    if cut.mask is not None:
+        return cut.mask.draw(tokens, generator)
+    chance = torch.rand(tokens, choices_of(cut.ids, cut.bodies.count), generator=generator)
+    ids = torch.multinomial(chance, per_row(cut.ids), replacement=repeats, generator=generator)
+    ids[0] = ids[0, 0] if repeats else ids[0]
+    return ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
 
 
 def _up_width(bodies: Bodies) -> int:
@@ -282,7 +293,7 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         return weighted_sum(
             x,
-            ids,
+            ids if cut.mask is None else cut.mask.ids(ids),
             _value_of(form.weights, env, _sizes(cut, len(x))),
             own.up[0],
             own.down[1],

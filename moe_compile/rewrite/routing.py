@@ -151,8 +151,7 @@ class _Slice:
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
         failure = self._stranger()
-        picked = [(ids, None) for ids in self._candidates(torch.int64)]
-        for ids, mask in [*picked, *((mask.node, mask) for mask in self._masks())]:
+        for ids, mask in self._picks():
             for free in [*self._candidates(torch.float32), None]:
                 inner = self._closed([self.tokens, ids, *([free] if free else [])])
                 if inner is None:
@@ -193,11 +192,12 @@ class _Slice:
         """Values of each token and pick, the nearest to the root first."""
         return [n for n in reversed(self.nodes) if self._is_per_pick(n, dtype)]
 
-    def _masks(self) -> list[Mask]:
-        """Values that say which expert takes a token, the nearest to the root first."""
-        nodes = [n for n in reversed(self.nodes) if self._is_of_each_token(n)]
-        masks = (Mask.of(node, self.bodies.count) for node in nodes)
-        return [mask for mask in masks if mask is not None]
+    def _picks(self) -> list[tuple[fx.Node, Mask | None]]:
+        """What may be ids, or a mask that they follow from, the nearest to the root first."""
+        masks = {n: Mask.of(n, self.bodies.count) for n in self.nodes if self._is_of_each_token(n)}
+        ids = [(node, None) for node in self._candidates(torch.int64)]
+        found = [*ids, *((node, mask) for node, mask in masks.items() if mask is not None)]
+        return sorted(found, key=lambda pick: pick[0], reverse=True)
 
     def _is_of_each_token(self, node: fx.Node) -> bool:
         """Whether it has a row for every token."""

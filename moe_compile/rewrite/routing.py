@@ -207,7 +207,8 @@ class _Slice:
         return None if used or not self._all_used(inner, inputs) else inner
 
     def _all_used(self, inner: list[fx.Node], inputs: list[fx.Node]) -> bool:
-        return all(any(user in inner for user in n.users) or n is self.tokens for n in inputs)
+        used = {source for n in (*inner, *self.bodies.nodes) for source in n.all_input_nodes}
+        return all(node in used or node is self.tokens for node in inputs)
 
     def _attempt(
         self, inner: list[fx.Node], ids: fx.Node, free: fx.Node | None

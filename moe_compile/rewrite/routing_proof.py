@@ -184,17 +184,19 @@ def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
 
     chance = torch.rand(tokens, choices_of(cut.ids, bodies.count), generator=generator)
     ids = torch.multinomial(chance, picks, replacement=repeats, generator=generator)
+    hidden, out = value(cut.tokens).shape[1], value(bodies.results[0]).shape[-1]
     given = [
-        random(tokens, value(cut.tokens).shape[1]),
+        random(tokens, hidden),
         random(1) if cut.free is None else random(tokens, *value(cut.free).shape[1:]),
-        random(bodies.count, value(cut.tokens).shape[1], _RANK),
+        random(bodies.count, hidden, _RANK),
+        random(bodies.count, _RANK),
         random(_RANK, _up_width(bodies)),
         random(_hidden_width(bodies), _RANK),
-        random(bodies.count, _RANK, value(bodies.results[0]).shape[-1]),
-        random(bodies.count, value(bodies.results[0]).shape[-1]),
+        random(bodies.count, _RANK, out),
+        random(bodies.count, out),
     ]
     shaped = ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
-    return [shaped, *(given if _has_offset(bodies) else given[:-1])]
+    return [shaped, *given]
 
 
 def _up_width(bodies: Bodies) -> int:
@@ -220,25 +222,38 @@ class _Functions:
     """Random functions in the place of the bodies; each expert has its own.
 
     A product has the width of the real one and rank 2, so that large experts cost little: `up` is
-    [E, H, 2] and [2, N], `down` [I, 2] and [E, 2, Hout].
+    [E, H, 2], plus `up_bias` [E, 2], then `wide` [2, N]; `narrow` [I, 2], then `down` [E, 2, Hout],
+    plus `down_bias` [E, Hout]. A bias is None where experts give nothing for nothing.
     """
 
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    wide: Tensor
+    narrow: Tensor
+    down: Tensor
+    down_bias: Tensor | None
 
-    def product(self, step: Step, expert: int, rows: Tensor) -> Tensor:
-        """Rows of one expert after a product."""
-        if step.kind == "up":
-            width = value(step.result).shape[-1]
-            wide = self.up[1][:, step.place * width : (step.place + 1) * width]
-            return rows @ self.up[0][expert] @ wide
-        result = rows @ self.down[0] @ self.down[1][expert]
-        return result if self.bias is None else result + self.bias[expert]
+    def product(self, step: Step, rows: Tensor, experts: Any) -> Tensor:
+        """Rows after a product: all of one expert, or each of its own."""
+        if step.kind == "down":
+            result = _multiply(rows @ self.narrow, self.down[experts])
+            own = None if step.bias_ids is not None else self.down_bias
+            return result if own is None else result + own[experts]
+        return _multiply(rows, self.up[experts])
+
+    def biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:
+        """The end of a product: a bias that is said apart, and the width of the real one."""
+        stack = self.down_bias if step.kind == "down" else self.up_bias
+        if step.bias_ids is not None and stack is not None:
+            result = result + stack[env[step.bias_ids]]
+        if step.kind == "down":
+            return result
+        width = value(step.result).shape[-1]
+        return result @ self.wide[:, step.place * width : (step.place + 1) * width]
 
     def activation(self, hidden: Tensor) -> Tensor:
         """Of rows one by one: neither linear nor even, and zero at zero."""
-        width = self.down[0].shape[0]
+        width = self.narrow.shape[0]
         return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
 
     def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
@@ -246,15 +261,30 @@ class _Functions:
         values: list[Tensor] = [env[node] for node in step.inputs]
         if step.kind == "act":
             return self.activation(torch.cat(values, -1))
+        return self.biased(step, self._multiplied(step, values[0], env), env)
+
+    def _multiplied(self, step: Step, rows: Tensor, env: dict[Any, Any]) -> Tensor:
         if step.expert is not None:
-            return self.product(step, step.expert, values[0])
+            return self.product(step, rows, step.expert)
+        if step.ids is not None:
+            for dim in step.missing:
+                rows = rows.unsqueeze(dim)
+            return self.product(step, rows, env[step.ids])
         if step.ends is None:
-            return torch.stack([self.product(step, e, own) for e, own in enumerate(values[0])])
+            each = rows.expand(len(self.up), *rows.shape[1:])
+            return torch.stack([self.product(step, own, e) for e, own in enumerate(each)])
         ends = [0, *env[step.ends].tolist()]
-        pieces = [values[0][start:end] for start, end in itertools.pairwise(ends)]
-        results = [self.product(step, e, own) for e, own in enumerate(pieces)]
-        beyond = values[0].shape[0] - ends[-1]
+        pieces = [rows[start:end] for start, end in itertools.pairwise(ends)]
+        results = [self.product(step, own, e) for e, own in enumerate(pieces)]
+        beyond = rows.shape[0] - ends[-1]
         return torch.cat([*results, results[0].new_zeros(beyond, results[0].shape[1])])
+
+
+def _multiply(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Rows times one matrix, or each times its own."""
+    if matrices.dim() == 2:
+        return rows @ matrices
+    return (rows.unsqueeze(-2) @ matrices).squeeze(-2)
 
 
 def _before(cut: Cut) -> Callable[..., Tensor]:
@@ -264,7 +294,7 @@ def _before(cut: Cut) -> Callable[..., Tensor]:
     steps = [node for node in calls if node not in cut.bodies.nodes or node in results]
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(functions)
+        own = _functions(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         sizes = _sizes(cut, len(x))
         for node in steps:
@@ -278,17 +308,17 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
     """The canonical op on the same functions."""
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(functions)
+        own = _functions(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         return weighted_sum(
             x,
             ids,
             _value_of(form.weights, env, _sizes(cut, len(x))),
-            own.up[0],
-            own.down[1],
-            lambda hidden: own.activation(hidden @ own.up[1]) @ own.down[0],
-            None,
-            own.bias,
+            own.up,
+            own.down,
+            lambda hidden: own.activation(hidden @ own.wide) @ own.narrow,
+            own.up_bias,
+            own.down_bias,
             transposed=True,
             weigh_input=form.weigh_input,
             full=form.full,
@@ -298,9 +328,17 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
     return run
 
 
-def _functions(tensors: tuple[Tensor, ...]) -> _Functions:
-    up, wide, narrow, down, *bias = tensors
-    return _Functions((up, wide), (narrow, down), bias[0] if bias else None)
+def _functions(bodies: Bodies, tensors: tuple[Tensor, ...]) -> _Functions:
+    up, up_bias, wide, narrow, down, down_bias = tensors
+    is_apart = any(step.kind == "up" and step.bias_ids is not None for step in bodies.steps)
+    return _Functions(
+        up,
+        up_bias if is_apart else None,
+        wide,
+        narrow,
+        down,
+        down_bias if _has_offset(bodies) else None,
+    )
 
 
 def _is_known_size(node: fx.Node) -> bool:

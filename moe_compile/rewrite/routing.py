@@ -104,6 +104,17 @@ def _roots(graph: fx.Graph, bodies: Bodies) -> Iterator[fx.Node]:
                 return
 
 
+def _depending_on(nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that is computed from them."""
+    found, todo = set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.users
+    return found
+
+
 def _is_rows(result: Any, width: int) -> bool:
     """Whether it is [any, width]; a width that is computed from counts of rows may be any."""
     if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() != 2:
@@ -143,13 +154,20 @@ class _Slice:
         self.inputs = {step.result: step.reads for step in bodies.steps}
         self.count: str = str(value(tokens).shape[0])
         self.nodes = self._between([tokens])
+        self.computed = _depending_on(bodies.nodes)
+        self.weights: list[fx.Node] = []
 
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
         failure = self._stranger()
+        floats = self._candidates(torch.float32)
         for ids in self._candidates(torch.int64):
-            for free in [*self._candidates(torch.float32), None]:
-                inner = self._closed([self.tokens, ids, *([free] if free else [])])
+            closed = {free: self._closed([self.tokens, ids, free]) for free in floats}
+            closing = [free for free in floats if closed[free] is not None]
+            # What closes a cut by itself is the likeliest to be the weights.
+            self.weights = [*closing, *(node for node in floats if node not in closing)]
+            cuts = [(free, closed[free]) for free in closing]
+            for free, inner in [*cuts, (None, self._closed([self.tokens, ids]))]:
                 if inner is None:
                     continue
                 attempt = self._attempt(inner, ids, free)
@@ -183,12 +201,12 @@ class _Slice:
         return sorted(seen)
 
     def _candidates(self, dtype: torch.dtype) -> list[fx.Node]:
-        """Values of each token and pick, the nearest to the root first."""
+        """Values of each token and pick that no expert computed, the nearest to the root first."""
         return [n for n in reversed(self.nodes) if self._is_per_pick(n, dtype)]
 
     def _is_per_pick(self, node: fx.Node, dtype: torch.dtype) -> bool:
         result = value(node)
-        if not isinstance(result, Tensor) or node in {self.root, self.tokens, *self.inputs}:
+        if not isinstance(result, Tensor) or node is self.tokens or node in self.computed:
             return False
         if result.is_floating_point() != dtype.is_floating_point or result.dtype == torch.bool:
             return False
@@ -230,8 +248,7 @@ class _Slice:
         """What may be the weights, the nearest to the root first, on either side."""
         values = {cut.free, *cut.inner} - {None, *self.bodies.nodes}
         picks, choices = per_row(cut.ids), choices_of(cut.ids, self.bodies.count)
-        weights = [n for n in self._candidates(torch.float32) if per_row(n) in {picks, choices}]
-        weights = [n for n in weights if n in values][:_TRIES]
-        for weight, weigh_input in itertools.product(weights, (False, True)):
+        weights = [n for n in self.weights if n in values and per_row(n) in {picks, choices}]
+        for weight, weigh_input in itertools.product(weights[:_TRIES], (False, True)):
             full = per_row(weight) != picks
             yield Form(weight, full, weigh_input, choices > self.bodies.count)

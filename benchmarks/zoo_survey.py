@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import moe_compile
@@ -95,7 +96,6 @@ def _parity(entry: Entry, model: Any) -> tuple[float, float, str]:
     original, call = copy.deepcopy(model), call_of(entry)
     optimized = moe_compile.optimize(model)
     (loss, found), (expected, wanted) = (_step(m, call) for m in (optimized, original))
-    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:4]
     errors = {name: error(gradient, wanted[name]) for name, gradient in found.items()}
     worst = max(errors, key=lambda name: errors[name])
     return error(loss, expected), errors[worst], worst
@@ -104,8 +104,12 @@ def _parity(entry: Entry, model: Any) -> tuple[float, float, str]:
 def _step(model: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     loss = loss_of(model(**call))
     loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients
+    return loss.detach(), {n: _gradient(p) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Of an expert that no token picked, a model's own loop leaves none; it stands for zeros."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _in_a_process(name: str, parity: bool, timeout: float) -> Row:

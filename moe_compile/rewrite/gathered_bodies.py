@@ -82,7 +82,7 @@ def _unsqueezed(node: fx.Node, rows: Any, weight: Any, dim: int) -> StackedProdu
     if result.target is not aten.squeeze.dim or result.args[1] != rank + dim:
         return None
     product = _product(result, rows.args[0], weight)
-    if product is None or value(product.ids).dim() != rank - 2:
+    if product is None or product.ids is None or value(product.ids).dim() != rank - 2:
         return None
     transposed = product.weight.transposed == (dim == -2)
     stack = Stack(product.weight.parts, transposed)

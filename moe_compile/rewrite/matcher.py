@@ -377,9 +377,20 @@ def check_escapes(match: Match) -> None:
 
 
 def crossed_calls(match: Match) -> frozenset[int]:
-    """The calls that the match reaches into, below its owner's."""
+    """The calls that the match reaches into, below its owner's, or that only pass a value on."""
     depth = len(owner_calls(match))
-    return frozenset(call for node in match.nodes for call in node.meta["calls"][depth:])
+    reached = {call for node in match.nodes for call in node.meta["calls"][depth:]}
+    users = {user for node in match.nodes - {match.root} for user in node.users}
+    idle = (u for u in users if u.target is enter and _is_idle(u))
+    return frozenset(reached.union(*(user.meta["calls"][depth:] for user in idle)))
+
+
+def _is_idle(begins: fx.Node) -> bool:
+    """Whether a call computes nothing, as one of a dropout that is off."""
+    node = begins.next
+    while node.target in (enter, exit) and node.args[0] != begins.args[0]:
+        node = node.next
+    return node.target is exit and bool(node.args[0] == begins.args[0])
 
 
 def owner_calls(match: Match) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class ProvenExperts(Pattern):
         transposed = block.down.transposed
         bindings = {
             "x": routing.tokens,
-            "ids": routing.ids,
+            "ids": routing.ids if routing.mask is None else routing.mask,
             "weights": routing.form.weights,
             "up": Stacks(block.up, transposed),
             "down": Stacks((block.down,), transposed),

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from moe_compile import ops
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Stacks
 from moe_compile.rewrite.matcher import crossed_calls, owner_calls
 from moe_compile.rewrite.pattern import Match
@@ -72,6 +73,8 @@ def _argument(bound: Any, tracer: GraphAppendingTracer) -> Any:
     """What a pattern's `after` gets for a binding."""
     if isinstance(bound, Stacks):
         return bound.write(lambda node: fx.Proxy(node, tracer))
+    if isinstance(bound, Mask):
+        return bound.ids(fx.Proxy(bound.node, tracer))
     return fx.Proxy(bound, tracer) if isinstance(bound, fx.Node) else bound
 
 

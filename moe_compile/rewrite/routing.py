@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies
+from moe_compile.rewrite.limits import check_no_limit
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.routing_proof import (
@@ -60,6 +62,7 @@ class Routing:
     Attributes:
         root: the node that is the sum.
         tokens, ids: [T, H] and [T, K], or [T] for one pick.
+        mask: where `ids` are a mask that picks follow from, what is known of it.
         form: the weights, and where they are.
         nodes: what lies between these and the root, bodies included.
     """
@@ -67,6 +70,7 @@ class Routing:
     root: fx.Node
     tokens: fx.Node
     ids: fx.Node
+    mask: Mask | None
     form: Form
     nodes: frozenset[fx.Node] = field(repr=False)
 
@@ -160,21 +164,26 @@ class _Slice:
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
         failure = self._stranger()
+        for cut in self._cuts():
+            attempt = self._attempt(cut)
+            if isinstance(attempt, Routing):
+                return attempt
+            failure = attempt
+        return failure
+
+    def _cuts(self) -> Iterator[Cut]:
+        """Every cut, those above ids before those above a mask."""
         floats = self._candidates(torch.float32)
-        for ids in self._candidates(torch.int64):
+        picked = [(ids, None) for ids in self._candidates(torch.int64)]
+        for ids, mask in [*picked, *((mask.node, mask) for mask in self._masks())]:
             closed = {free: self._closed([self.tokens, ids, free]) for free in floats}
             closing = [free for free in floats if closed[free] is not None]
             # What closes a cut by itself is the likeliest to be the weights.
             self.weights = [*closing, *(node for node in floats if node not in closing)]
             cuts = [(free, closed[free]) for free in closing]
             for free, inner in [*cuts, (None, self._closed([self.tokens, ids]))]:
-                if inner is None:
-                    continue
-                attempt = self._attempt(inner, ids, free)
-                if isinstance(attempt, Routing):
-                    return attempt
-                failure = attempt
-        return failure
+                if inner is not None:
+                    yield Cut(self.root, self.tokens, ids, free, inner, self.bodies, mask)
 
     def _stranger(self) -> Refuse:
         """Why no cut may be closed: a parameter that is not the experts' own, or no ids."""
@@ -204,15 +213,25 @@ class _Slice:
         """Values of each token and pick that no expert computed, the nearest to the root first."""
         return [n for n in reversed(self.nodes) if self._is_per_pick(n, dtype)]
 
-    def _is_per_pick(self, node: fx.Node, dtype: torch.dtype) -> bool:
+    def _masks(self) -> list[Mask]:
+        """Values that say which expert takes a token, the nearest to the root first."""
+        nodes = [n for n in reversed(self.nodes) if self._is_of_each_token(n)]
+        masks = (Mask.of(node, self.bodies.count) for node in nodes)
+        return [mask for mask in masks if mask is not None]
+
+    def _is_of_each_token(self, node: fx.Node) -> bool:
+        """Whether it has a row for every token."""
         result = value(node)
         if not isinstance(result, Tensor) or node is self.tokens or node in self.computed:
             return False
-        if result.is_floating_point() != dtype.is_floating_point or result.dtype == torch.bool:
-            return False
         sizes: list[Any] = list(result.shape)
-        small = all(isinstance(size, int) for size in sizes[1:])
-        return len(sizes) in (1, 2) and str(sizes[0]) == self.count and small
+        return str(sizes[:1]) == f"[{self.count}]" and all(isinstance(s, int) for s in sizes[1:])
+
+    def _is_per_pick(self, node: fx.Node, dtype: torch.dtype) -> bool:
+        if not self._is_of_each_token(node) or value(node).dim() > 2:
+            return False
+        kind: torch.dtype = value(node).dtype
+        return kind != torch.bool and kind.is_floating_point == dtype.is_floating_point
 
     def _closed(self, inputs: list[fx.Node]) -> list[fx.Node] | None:
         """The nodes that compute the root from the inputs alone; None if something else flows in.
@@ -228,17 +247,15 @@ class _Slice:
         used = {source for n in (*inner, *self.bodies.nodes) for source in n.all_input_nodes}
         return all(node in used or node is self.tokens for node in inputs)
 
-    def _attempt(
-        self, inner: list[fx.Node], ids: fx.Node, free: fx.Node | None
-    ) -> "Routing | Refuse":
-        cut = Cut(self.root, self.tokens, ids, free, inner, self.bodies)
+    def _attempt(self, cut: Cut) -> "Routing | Refuse":
         failure = Refuse("the result is no weighted sum of the picked experts", self.root)
         try:
+            check_no_limit(cut)
             for form in agrees(cut, self._forms(cut)):
                 problem = disproof(cut, form)
                 if problem is None:
-                    nodes = frozenset(inner) | self.bodies.nodes
-                    return Routing(self.root, self.tokens, ids, form, nodes)
+                    nodes = frozenset(cut.inner) | self.bodies.nodes
+                    return Routing(self.root, self.tokens, cut.ids, cut.mask, form, nodes)
                 failure = Refuse(problem, self.root)
         except Refuse as refusal:
             return refusal
@@ -247,8 +264,10 @@ class _Slice:
     def _forms(self, cut: Cut) -> Iterator[Form]:
         """What may be the weights, the nearest to the root first, on either side."""
         values = {cut.free, *cut.inner} - {None, *self.bodies.nodes}
-        picks, choices = per_row(cut.ids), choices_of(cut.ids, self.bodies.count)
-        weights = [n for n in self.weights if n in values and per_row(n) in {picks, choices}]
-        for weight, weigh_input in itertools.product(weights[:_TRIES], (False, True)):
-            full = per_row(weight) != picks
-            yield Form(weight, full, weigh_input, choices > self.bodies.count)
+        choices = choices_of(cut.ids, self.bodies.count)
+        picks = per_row(cut.ids) if cut.mask is None else cut.mask.picks
+        weights = [n for n in self.weights if n in values]
+        for full, width in ((False, picks), (True, choices)):
+            near = [n for n in weights if per_row(n) == width][:_TRIES]
+            for weight, weigh_input in itertools.product(near, (False, True)):
+                yield Form(weight, full, weigh_input, choices > self.bodies.count)

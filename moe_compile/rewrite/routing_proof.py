@@ -1,6 +1,5 @@
 """Runs what surrounds experts with random functions in their place: numbers, then exact proofs."""
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from moe_compile.rewrite.expert_bodies import Bodies, Step
+from moe_compile.rewrite.dispatch_mask import Mask
+from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.normal_form import aten, schema_arguments, value
 from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.stand_ins import StandIns, positive
 from moe_compile.rewrite.weighted_sum import weighted_sum
 from moe_compile.verify.in_float64 import InFloat64
 from moe_compile.verify.oracle import Disproved, prove
@@ -37,7 +38,6 @@ _SELECTIONS = {
     aten.max.dim,
 }
 _Sizes = dict[Any, Any]
-_RANK = 2
 _FAILURES = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
 """What foreign code raises where it depends on more than it is given."""
 
@@ -51,6 +51,7 @@ class Cut:
         free: [T, ...], what the weights are computed from; None where they are constants.
         inner: the nodes between these and the root, in order.
         bodies: the experts among them.
+        mask: where `ids` are a mask that picks follow from, what is known of it.
     """
 
     root: fx.Node
@@ -59,6 +60,7 @@ class Cut:
     free: fx.Node | None
     inner: list[fx.Node]
     bodies: Bodies
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Form:
 
 def disproof(cut: Cut, form: Form) -> str | None:
     """Why the nodes are not the canonical op; None where they are."""
-    distinct = _are_distinct(cut.ids)
+    distinct = cut.mask is not None or _are_distinct(cut.ids)
     for tokens, repeats in ((5, False), (2, False), (3, True)):
         if repeats and distinct:
             continue
@@ -160,115 +162,25 @@ def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
 
 def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
     """Random ids, tokens, free values and functions."""
-    bodies, picks = cut.bodies, per_row(cut.ids)
     generator = torch.Generator().manual_seed(tokens)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.1
-
-    chance = torch.rand(tokens, choices_of(cut.ids, bodies.count), generator=generator)
-    ids = torch.multinomial(chance, picks, replacement=repeats, generator=generator)
-    hidden, out = value(cut.tokens).shape[1], value(bodies.results[0]).shape[-1]
-    given = [
-        random(tokens, hidden),
-        random(1) if cut.free is None else random(tokens, *value(cut.free).shape[1:]),
-        random(bodies.count, hidden, _RANK),
-        random(bodies.count, _RANK),
-        random(_RANK, _up_width(bodies)),
-        random(_hidden_width(bodies), _RANK),
-        random(bodies.count, _RANK, out),
-        random(bodies.count, out),
+    hidden = value(cut.tokens).shape[1]
+    free = (1,) if cut.free is None else (tokens, *value(cut.free).shape[1:])
+    return [
+        _random_ids(cut, tokens, repeats, generator),
+        positive((tokens, hidden), generator),
+        positive(free, generator),
+        *StandIns.draw(cut.bodies, hidden, generator),
     ]
-    shaped = ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
-    return [shaped, *given]
 
 
-def _up_width(bodies: Bodies) -> int:
-    """What the activation takes of a row."""
-    return value(next(iter(bodies.activation.graph.nodes))).shape[-1]
-
-
-def _hidden_width(bodies: Bodies) -> int:
-    """What the activation gives a row."""
-    return next(value(step.result).shape[-1] for step in bodies.steps if step.kind == "act")
-
-
-def _has_offset(bodies: Bodies) -> bool:
-    """Whether an expert may give something for a row of zeros; if not, zeros may stand for none."""
-    if bodies.down_bias is not None or bodies.up_bias:
-        return True
-    sample = torch.zeros(1, _up_width(bodies))
-    return bool(bodies.activation(sample).abs().max() > 0)
-
-
-@dataclass(frozen=True)
-class _Functions:
-    """Random functions in the place of the bodies; each expert has its own.
-
-    A product has the width of the real one and rank 2, so that large experts cost little: `up` is
-    [E, H, 2], plus `up_bias` [E, 2], then `wide` [2, N]; `narrow` [I, 2], then `down` [E, 2, Hout],
-    plus `down_bias` [E, Hout]. A bias is None where experts give nothing for nothing.
-    """
-
-    up: Tensor
-    up_bias: Tensor | None
-    wide: Tensor
-    narrow: Tensor
-    down: Tensor
-    down_bias: Tensor | None
-
-    def product(self, step: Step, rows: Tensor, experts: Any) -> Tensor:
-        """Rows after a product: all of one expert, or each of its own."""
-        if step.kind == "down":
-            result = _multiply(rows @ self.narrow, self.down[experts])
-            own = None if step.bias_ids is not None else self.down_bias
-            return result if own is None else result + own[experts]
-        return _multiply(rows, self.up[experts])
-
-    def biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:
-        """The end of a product: a bias that is said apart, and the width of the real one."""
-        stack = self.down_bias if step.kind == "down" else self.up_bias
-        if step.bias_ids is not None and stack is not None:
-            result = result + stack[env[step.bias_ids]]
-        if step.kind == "down":
-            return result
-        width = value(step.result).shape[-1]
-        return result @ self.wide[:, step.place * width : (step.place + 1) * width]
-
-    def activation(self, hidden: Tensor) -> Tensor:
-        """Of rows one by one: neither linear nor even, and zero at zero."""
-        width = self.narrow.shape[0]
-        return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
-
-    def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
-        """The result of one step."""
-        values: list[Tensor] = [env[node] for node in step.inputs]
-        if step.kind == "act":
-            return self.activation(torch.cat(values, -1))
-        return self.biased(step, self._multiplied(step, values[0], env), env)
-
-    def _multiplied(self, step: Step, rows: Tensor, env: dict[Any, Any]) -> Tensor:
-        if step.expert is not None:
-            return self.product(step, rows, step.expert)
-        if step.ids is not None:
-            for dim in step.missing:
-                rows = rows.unsqueeze(dim)
-            return self.product(step, rows, env[step.ids])
-        if step.ends is None:
-            each = rows.expand(len(self.up), *rows.shape[1:])
-            return torch.stack([self.product(step, own, e) for e, own in enumerate(each)])
-        ends = [0, *env[step.ends].tolist()]
-        pieces = [rows[start:end] for start, end in itertools.pairwise(ends)]
-        results = [self.product(step, own, e) for e, own in enumerate(pieces)]
-        beyond = rows.shape[0] - ends[-1]
-        return torch.cat([*results, results[0].new_zeros(beyond, results[0].shape[1])])
-
-
-def _multiply(rows: Tensor, matrices: Tensor) -> Tensor:
-    """Rows times one matrix, or each times its own."""
-    if matrices.dim() == 2:
-        return rows @ matrices
-    return (rows.unsqueeze(-2) @ matrices).squeeze(-2)
+def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator) -> Tensor:
+    """Picks of each token, or a mask; where picks may repeat, the first token's are all alike."""
+    if cut.mask is not None:
+        return cut.mask.draw(tokens, generator)
+    chance = torch.rand(tokens, choices_of(cut.ids, cut.bodies.count), generator=generator)
+    ids = torch.multinomial(chance, per_row(cut.ids), replacement=repeats, generator=generator)
+    ids[0] = ids[0, 0] if repeats else ids[0]
+    return ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
 
 
 def _before(cut: Cut) -> Callable[..., Tensor]:
@@ -278,7 +190,7 @@ def _before(cut: Cut) -> Callable[..., Tensor]:
     steps = [node for node in calls if node not in cut.bodies.nodes or node in results]
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(cut.bodies, functions)
+        own = StandIns.of(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         sizes = _sizes(cut, len(x))
         for node in steps:
@@ -292,11 +204,11 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
     """The canonical op on the same functions."""
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(cut.bodies, functions)
+        own = StandIns.of(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         return weighted_sum(
             x,
-            ids,
+            ids if cut.mask is None else cut.mask.ids(ids),
             _value_of(form.weights, env, _sizes(cut, len(x))),
             own.up,
             own.down,
@@ -310,19 +222,6 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
         )
 
     return run
-
-
-def _functions(bodies: Bodies, tensors: tuple[Tensor, ...]) -> _Functions:
-    up, up_bias, wide, narrow, down, down_bias = tensors
-    is_apart = any(step.kind == "up" and step.bias_ids is not None for step in bodies.steps)
-    return _Functions(
-        up,
-        up_bias if is_apart else None,
-        wide,
-        narrow,
-        down,
-        down_bias if _has_offset(bodies) else None,
-    )
 
 
 def _is_known_size(node: fx.Node) -> bool:

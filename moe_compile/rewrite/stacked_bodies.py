@@ -103,7 +103,8 @@ def _batched(node: fx.Node) -> StackedProduct | None:
 def _is_batched_bias(node: fx.Node) -> bool:
     """Whether it is a stack of vectors, the same for every row of an expert."""
     node = strip(node)
-    return node.target is aten.unsqueeze.default and node.args[1] == 1 and is_vectors(node.args[0])
+    is_spread = node.target is aten.unsqueeze.default and bool(node.args[1] == 1)
+    return is_spread and is_vectors(node.args[0])
 
 
 def _grouped(node: fx.Node) -> StackedProduct | None:

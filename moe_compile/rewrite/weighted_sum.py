@@ -30,14 +30,14 @@ def weighted_sum(
 
     Args:
         x, up, down, activation, up_bias, down_bias, transposed, weigh_input: see `ops.experts`.
-        ids: [T, K], or [T] for one pick, or [B, S, K].
+        ids: [T, K], or [T] for one pick, or [B, S, K]; -1 for a pick that does not count.
         weights: the same; where `full`, those of all choices.
         full: whether the picked weights are still to be taken out.
         identity: whether ids beyond the last expert give the token itself (zero-computation
             experts, Jin et al. 2024, arXiv:2410.07348).
     """
     ids = _per_token(ids)
-    weights = aten.gather.default(weights, 1, ids) if full else _per_token(weights)
+    weights = _picked(weights, ids) if full else _per_token(weights)
     own, count = ids, _value(up).shape[0]
     if identity:
         own = aten.masked_fill.Scalar(ids, aten.ge.Scalar(ids, count), -1)
@@ -58,6 +58,11 @@ def weighted_sum(
     passed = aten.masked_fill.Scalar(weights, aten.lt.Scalar(ids, count), 0.0)
     total = aten.to.dtype(aten.sum.dim_IntList(passed, [1], True), _value(x).dtype)
     return aten.add.Tensor(out, aten.mul.Tensor(x, total))
+
+
+def _picked(weights: Any, ids: Any) -> Any:
+    """[T, K] of those of all choices; for a pick that does not count, any."""
+    return aten.gather.default(weights, 1, aten.clamp_min.default(ids, 0))
 
 
 def _per_token(tensor: Any) -> Any:

@@ -203,3 +203,24 @@ def test_a_match_may_reach_into_a_child_whose_call_then_goes() -> None:
     assert node.meta["calls"] == (0,)
     assert [n.args[0] for n in unit.graph.nodes if n.target is enter] == [0]
     assert op_names(unit) == ["rms_norm"]
+
+
+class Passing(nn.Module):
+    """A norm whose inner value goes through another module."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(8))
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        return self.weight * (x * self.child(root))
+
+
+def test_a_child_that_only_passes_an_inner_value_on_goes_too() -> None:
+    unit = capture(Passing(nn.Sequential(nn.Dropout(0.0), nn.Identity())), X)
+    Normalize().run(unit)
+    assert RaiseNorms().run(unit) == 1
+    assert canonical_node(unit).meta["crosses"] == {1, 2, 3}
+    assert [n.args[0] for n in unit.graph.nodes if n.target is enter] == [0]

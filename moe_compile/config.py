@@ -46,10 +46,9 @@ class OptimizeConfig:
         dispatcher: how tokens travel between expert-parallel ranks: `"auto"` is DeepEP where it is
             installed and takes the model, else all_to_all, and so is `"deepep"`; the report says
             which of them, and why it could not be DeepEP.
-        max_tokens_per_rank: a promise that no rank brings more tokens to a layer in one call, padding
-            included: DeepEP then never waits for the device, in buffers of this many rows for
-            every rank. A call that breaks it is a `ValueError`. None promises nothing; all_to_all
-            has no use for it.
+        max_tokens_per_rank: promises that no rank brings more tokens to a layer in one call,
+            padding included. DeepEP then does not wait for the device, and has this many rows for
+            every rank. A call that breaks it is a `ValueError`; all_to_all has no use for it.
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).

@@ -71,6 +71,7 @@ class EPHandle:
 class ElasticBuffer:
     device_type = "cpu"
     is_random = True
+    unwritten = float("nan")
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class ElasticBuffer:
         per_rank, listed = counts.cumsum(0, dtype=torch.int32), per_expert.tolist()
         if not do_cpu_sync:
             extra, listed = self._missing(per_rank, bound), []
-            arrived, weights = (padded(t, extra, float("nan")) for t in (arrived, weights))
+            arrived, weights = (padded(t, extra, self.unwritten) for t in (arrived, weights))
             local, source = (padded(t, extra, _GARBAGE) for t in (local, source))
         made = EPHandle(
             False,
@@ -260,7 +261,7 @@ class ElasticBuffer:
         picks = self._localized(self._send(handle.topk_idx, *given)[1], handle.num_experts)[0]
         extra = handle.num_recv_tokens - rows.shape[0]
         assert extra in (0, self._missing(counts.cumsum(0), handle.num_max_tokens_per_rank))
-        return padded(rows, extra, float("nan")), padded(picks, extra, _GARBAGE)
+        return padded(rows, extra, self.unwritten), padded(picks, extra, _GARBAGE)
 
     def _missing(self, per_rank: Tensor, bound: int) -> int:
         """The rows without a token where there are as many as could come."""

@@ -43,6 +43,7 @@ class EventOverlap:
 class Buffer:
     num_sms: int = 20
     device_type = "cpu"
+    unwritten = float("nan")
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class Buffer:
             # What lies behind the real rows is whatever the memory held, but for the picks.
             extra = num_worst_tokens - rows.shape[0]
             assert extra >= 0, "more rows than the worst case"
-            rows, weights = (padded(t, extra, float("nan")) for t in (rows, weights))
+            rows, weights = (padded(t, extra, self.unwritten) for t in (rows, weights))
             picks, counts = padded(picks, extra, -1), []
             handle = (*handle[:3], padded(handle[3], extra, 1 << 30), *handle[4:])
         return rows, picks, weights, counts, handle, EventOverlap()
@@ -203,7 +204,7 @@ class Buffer:
         assert is_token_in_rank.shape == (x.shape[0], self.group_size)
         self._meet("cached dispatch", x.shape[1])
         rows = self._send(x, handle)
-        return padded(rows, source.shape[0] - rows.shape[0], float("nan"))
+        return padded(rows, source.shape[0] - rows.shape[0], self.unwritten)
 
     def _handle(self, is_sent: Tensor, per_rank: Tensor, config: Config) -> Handle:
         """Prefix sums are inclusive, those of received channels exclusive."""

@@ -311,13 +311,8 @@ def waits(bound: int | None, args: argparse.Namespace) -> str:
     """
     sizes = sizes_of(args)
     x, ids, weights = picked(args.tokens, args)
-    shapes = (
-        (2 * sizes["moe_intermediate_size"], sizes["hidden_size"]),
-        (
-            sizes["hidden_size"],
-            sizes["moe_intermediate_size"],
-        ),
-    )
+    hidden, width = sizes["hidden_size"], sizes["moe_intermediate_size"]
+    shapes = (2 * width, hidden), (hidden, width)
     own = sizes["num_experts"] // args.ranks
     matrices = [torch.randn(own, *shape, device=args.device).bfloat16() / 32 for shape in shapes]
     leaves = [leaf.requires_grad_() for leaf in (x, weights, *matrices)]

@@ -13,10 +13,11 @@ way's own: where compiled code rounds otherwise, a token near a tie may go to an
 either dispatcher. So the last column compares with all_to_all run the same way: the worst error of
 anything. `by` is the provider that took the dispatch: if it is not the one asked for, the line
 under the table says why. Then the ops alone: rows, weights and gradients equal to all_to_all's to
-the bit, also with a rank that has no tokens. The exit status is 1 where the ops differ, DeepEP was
-refused, the last column exceeds `--limit`, or DeepEP's error is above all_to_all's by more.
-It measures correctness only: ranks on one GPU take turns, and their times mean nothing. Rank r is
-on GPU r modulo the number of visible ones.
+the bit, also with a rank that has no tokens. With `--worst`, DeepEP is given the largest number of
+tokens and must not wait for the device: see `waits`. The exit status is 1 where the ops differ,
+DeepEP was refused, something waits, the last column exceeds `--limit`, or DeepEP's error is above
+all_to_all's by more. It measures correctness only: ranks on one GPU take turns, and their times
+mean nothing. Rank r is on GPU r modulo the number of visible ones.
 
 Options:
     --ranks N      processes: 2, 4 or 8 (2)
@@ -31,6 +32,7 @@ Options:
     --fsdp         shard the rest of the model with FSDP2; needs nccl on a GPU. Without it, the
                    gradients of what is no expert are averaged by hand (off)
     --elastic      DeepEP V2, `ElasticBuffer`, also where `Buffer` is there; it has no use for --sms
+    --worst        OptimizeConfig(max_tokens_per_rank=...), and a check that nothing waits (off)
     --limit X      the largest relative error allowed between the dispatchers (0.02)
     --tiny         small widths, CPU, gloo, an emulation in tests/ in place of deep_ep
 
@@ -58,10 +60,12 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_compile
-from moe_compile import OptimizeConfig
+from moe_compile import OptimizeConfig, ops
 from moe_compile.kernels.all_to_all import all_to_all_dispatch
 from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers, library
 from moe_compile.kernels.deep_ep_elastic import elastic_dispatch
+from moe_compile.providers.deepep import DeepEPProvider
+from moe_compile.providers.torch import TorchProvider
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests import deep_ep_elastic_emulator, deep_ep_emulator
@@ -170,6 +174,7 @@ def run(
     mesh = init_device_mesh(args.device, (args.ranks,), mesh_dim_names=("ep",))
     config = OptimizeConfig(
         dispatcher=dispatcher,
+        max_tokens_per_rank=args.bound,
         fsdp=args.fsdp,
         compile=False if way == "eager" else {"backend": way},
     )
@@ -227,10 +232,16 @@ def picked(tokens: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tenso
     return x.to(args.device), ids.to(args.device), weights.to(args.device)
 
 
-def send(dispatch: Any, x: Tensor, ids: Tensor, weights: Tensor, args: argparse.Namespace) -> Any:
+def world() -> str:
+    """The name of the group of all ranks."""
+    return dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+
+def send(
+    dispatch: Any, x: Tensor, ids: Tensor, weights: Tensor, args: argparse.Namespace, *bound: Any
+) -> Any:
     """A dispatch in the group of all ranks."""
-    name: str = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    return dispatch(x, ids, weights, sizes_of(args)["num_experts"], name)
+    return dispatch(x, ids, weights, sizes_of(args)["num_experts"], world(), *bound)
 
 
 def traffic(args: argparse.Namespace) -> str:
@@ -268,22 +279,78 @@ def deep_ep_rows(
 
 
 def check_ops(empty: int | None, args: argparse.Namespace) -> str:
-    """Both dispatches, and the gradients of tokens and weights, bit for bit."""
+    """Both dispatches, and the gradients of tokens and weights, bit for bit.
+
+    With a bound DeepEP has more rows, the last of which are no tokens.
+    """
     rank = dist.get_rank()
     x, ids, weights = picked(0 if rank == empty else args.tokens + 32 * rank, args)
     ids = torch.where(weights > 0.9, ids, -1)
     found: list[list[Tensor]] = []
-    for dispatch in (all_to_all_dispatch, elastic_dispatch if args.elastic else deep_ep_dispatch):
+    deep_ep = elastic_dispatch if args.elastic else deep_ep_dispatch
+    for dispatch, bound in ((all_to_all_dispatch, ()), (deep_ep, (args.bound,))):
         inputs = [leaf.clone().requires_grad_() for leaf in (x, weights)]
-        rows, local, theirs = send(dispatch, inputs[0], ids, inputs[1], args)[:3]
+        rows, local, theirs = send(dispatch, inputs[0], ids, inputs[1], args, *bound)[:3]
         cotangents = rows.detach(), torch.where(local >= 0, theirs.detach(), 0)
-        outs = rows.detach(), local, cotangents[1]
+        count = len(found[0][0]) if found else len(rows)
+        outs = (t[:count] for t in (rows.detach(), local, cotangents[1]))
         found.append([*outs, *torch.autograd.grad((rows, theirs), inputs, cotangents)])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     every = [False] * args.ranks
     dist.all_gather_object(every, same)
     different = [rank for rank, same in enumerate(every) if not same]
     return f"DIFFERENT on ranks {different}" if different else "equal"
+
+
+def waits(bound: int | None, args: argparse.Namespace) -> str:
+    """Whether dispatch, experts and combine wait for the device, forward or backward.
+
+    The stream sleeps for a second before them: if it still does when the host is through, nothing
+    waited, DeepEP included, whose own waiting torch cannot see. With a bound torch watches, too:
+    its error names the operator that waits.
+    """
+    sizes = sizes_of(args)
+    x, ids, weights = picked(args.tokens, args)
+    hidden, width = sizes["hidden_size"], sizes["moe_intermediate_size"]
+    shapes = (2 * width, hidden), (hidden, width)
+    own = sizes["num_experts"] // args.ranks
+    matrices = [torch.randn(own, *shape, device=args.device).bfloat16() / 32 for shape in shapes]
+    leaves = [leaf.requires_grad_() for leaf in (x, weights, *matrices)]
+    layer_step(leaves, ids, bound, args)  # makes buffers, compiles kernels
+    if args.tiny:
+        return "not seen without a GPU"
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda._sleep(2_000_000_000)
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("default" if bound is None else "error")
+    try:
+        grads = layer_step(leaves, ids, bound, args)
+        is_asleep = not slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    return "no" if is_asleep else "yes"
+
+
+def layer_step(
+    leaves: list[Tensor], ids: Tensor, bound: int | None, args: argparse.Namespace
+) -> tuple[Tensor, ...]:
+    """The gradients of tokens, weights and experts, of DeepEP's ops and the experts alone."""
+    x, weights, up, down = leaves
+    provider, compute = DeepEPProvider(), TorchProvider().implementation(ops.experts)
+    dispatch, combine = map(provider.implementation, (ops.dispatch, ops.combine))
+    rows, local, theirs, handle = send(dispatch, x, ids, weights, args, bound)
+    y = compute(rows, local, theirs, up, down, swiglu)
+    out: Tensor = combine(y, handle, x.shape[0], world())
+    return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def swiglu(rows: Tensor) -> Tensor:
+    """The experts' activation."""
+    gate, up = rows.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
 
 
 def set_up(rank: int, args: argparse.Namespace) -> None:
@@ -316,8 +383,9 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     model.zero_grad()
     say("the unsharded model ran")
     results = [compare(model, way, want, args) for way in args.compile.split(",")]
-    ops = [check_ops(None, args), check_ops(args.ranks - 1, args)]
+    alone = [check_ops(None, args), check_ops(args.ranks - 1, args)]
     bytes_sent = traffic(args)
+    waiting = {bound: waits(bound, args) for bound in ((None, args.bound) if args.worst else ())}
     destroy_buffers()
     if rank == 0:
         header = ("asked for", "by", "way", "loss", "logits", "worst gradient", "which")
@@ -325,11 +393,15 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
         print(markdown((*header, "against all_to_all"), rows))
         for line in dict.fromkeys(line for _, lines, _ in results for line in lines):
             print(line)
-        print(f"ops alone: {ops[0]}; with a rank without tokens: {ops[1]}")
-        print(bytes_sent, flush=True)
+        print(f"ops alone: {alone[0]}; with a rank without tokens: {alone[1]}")
+        print(bytes_sent)
+        for bound, answer in waiting.items():
+            print(f"DeepEP waits for the device, max_tokens_per_rank={bound}: {answer}")
+        sys.stdout.flush()
     dist.barrier()
     dist.destroy_process_group()
-    if ops != ["equal"] * 2 or not all(fine for _, _, fine in results):
+    is_waiting = args.worst and waiting[args.bound] == "yes"
+    if is_waiting or alone != ["equal"] * 2 or not all(fine for _, _, fine in results):
         sys.exit(1)
 
 
@@ -346,11 +418,13 @@ def main() -> None:
     parser.add_argument("--compile", default="eager,inductor")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--elastic", action="store_true")
+    parser.add_argument("--worst", action="store_true")
     parser.add_argument("--limit", type=float, default=0.02)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     args.device = "cpu" if args.tiny else "cuda"
     args.tokens = args.tokens or (24 if args.tiny else 512)
+    args.bound = args.tokens + 32 * (args.ranks - 1) if args.worst else None
     print(describe())
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (f"{folder}/store", args), args.ranks)

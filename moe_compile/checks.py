@@ -104,6 +104,10 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
     unready = {
         "fsdp": (alone and config.fsdp not in ("auto", False), "pass a mesh with it"),
         "dispatcher": (alone and config.dispatcher != "auto", "pass a mesh with it"),
+        "max_tokens_per_rank": (
+            alone and config.max_tokens_per_rank is not None,
+            "pass a mesh with it",
+        ),
         "activation_checkpointing": (
             config.activation_checkpointing != "none",
             "call model.gradient_checkpointing_enable() instead",

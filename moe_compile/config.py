@@ -1,6 +1,6 @@
 """The options of `optimize`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,15 +10,28 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "compile": ("auto", True, False),
     "fsdp": ("auto", True, False),
     "dispatcher": ("auto", "deepep", "all_to_all"),
+    "max_tokens_per_rank": (None,),
     "activation_checkpointing": ("none", "selective", "full"),
     "loss": ("auto", "fused", "model"),
     "verify": ("auto", "off", "raise", "full"),
     "deterministic": (True, False),
 }
-_MAPPINGS: dict[str, str] = {
-    "compile": "a dict of torch.compile options",
-    "fsdp": "a dict of fully_shard options",
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "compile": (_is_mapping, "a dict of torch.compile options"),
+    "fsdp": (_is_mapping, "a dict of fully_shard options"),
+    "max_tokens_per_rank": (_is_count, "a positive int"),
 }
+"""What a field takes beside its choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +46,9 @@ class OptimizeConfig:
         dispatcher: how tokens travel between expert-parallel ranks: `"auto"` is DeepEP where it is
             installed and takes the model, else all_to_all, and so is `"deepep"`; the report says
             which of them, and why it could not be DeepEP.
+        max_tokens_per_rank: promises that no rank brings more tokens to a layer in one call,
+            padding included. DeepEP then does not wait for the device, and has this many rows for
+            every rank. A call that breaks it is a `ValueError`; all_to_all has no use for it.
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
@@ -49,6 +65,7 @@ class OptimizeConfig:
     compile: bool | Literal["auto"] | Mapping[str, Any] = "auto"
     fsdp: bool | Literal["auto"] | Mapping[str, Any] = "auto"
     dispatcher: Literal["auto", "deepep", "all_to_all"] = "auto"
+    max_tokens_per_rank: int | None = None
     providers: Literal["auto"] | Mapping[str, str] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     loss: Literal["auto", "fused", "model"] = "auto"
@@ -62,8 +79,8 @@ class OptimizeConfig:
                 _check_providers(value)
             elif not _accepts(field.name, value):
                 takes = ", ".join(map(repr, _CHOICES[field.name]))
-                if field.name in _MAPPINGS:
-                    takes += f" or {_MAPPINGS[field.name]}"
+                if field.name in _KINDS:
+                    takes += f" or {_KINDS[field.name][1]}"
                 raise ValueError(
                     f"OptimizeConfig.{field.name} got {value!r}; it takes {takes}; "
                     f"leave it out for {field.default!r}"
@@ -76,7 +93,7 @@ class OptimizeConfig:
 
 
 def _accepts(name: str, value: Any) -> bool:
-    if name in _MAPPINGS and isinstance(value, Mapping):
+    if name in _KINDS and _KINDS[name][0](value):
         return True
     return any(
         value is choice or (isinstance(value, str) and value == choice) for choice in _CHOICES[name]

@@ -166,7 +166,7 @@ def _rewrite(
     """The group's graphs after the passes: the unit first, then its owners in other call forms."""
     if found.capture is None:
         return []
-    ep = None if work.layout is None else work.layout.ep
+    ep = None if work.layout is None else work.layout.ep(config.max_tokens_per_rank)
     first = UnitGraph.of(found.names[0], found.capture, config.wanted_providers(), ep=ep)
     check = config.verify == "full"
     with work.timed("passes"):

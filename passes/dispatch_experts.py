@@ -53,7 +53,8 @@ class _Placing:
         _check_division(count, self.ep.size, up)
         with self.graph.inserting_before(self.node):
             values = (arguments[name] for name in ("x", "ids", "weights"))
-            sent = self._add(ops.dispatch, (*values, count, self.ep.group), _received(arguments))
+            given = (*values, count, self.ep.group, self.ep.max_tokens)
+            sent = self._add(ops.dispatch, given, _received(arguments))
             for i, name in enumerate(("x", "ids", "weights")):
                 arguments[name] = self._item(sent, i)
             weights = [arguments[n] for n in WEIGHTS if arguments[n] is not None]

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 
 from moe_compile.passes.facts import EXPERTS_PLACED, EXPERTS_RAISED, LOWERED, NORMALIZED, PLANNED
-from moe_compile.patterns import BatchedExperts, ExpertLoop, GroupedExperts, SortedExperts
+from moe_compile.patterns import (
+    BatchedExperts,
+    ExpertLoop,
+    GatheredExperts,
+    GroupedExperts,
+    SortedExperts,
+)
 from moe_compile.rewrite.raising import RaisePass
 
 
@@ -15,4 +21,10 @@ class RaiseExperts(RaisePass):
     needs = frozenset({NORMALIZED})
     gives = frozenset({EXPERTS_RAISED})
     breaks = frozenset({EXPERTS_PLACED, PLANNED, LOWERED})
-    patterns = (GroupedExperts(), SortedExperts(), BatchedExperts(), ExpertLoop())
+    patterns = (
+        GroupedExperts(),
+        SortedExperts(),
+        BatchedExperts(),
+        GatheredExperts(),
+        ExpertLoop(),
+    )

@@ -4,6 +4,7 @@ from moe_compile.patterns.batched_experts import BatchedExperts
 from moe_compile.patterns.eager_attention import EagerAttention
 from moe_compile.patterns.expert_loop import ExpertLoop
 from moe_compile.patterns.gated_mlp import GatedMLP
+from moe_compile.patterns.gathered_experts import GatheredExperts
 from moe_compile.patterns.grouped_experts import GroupedExperts
 from moe_compile.patterns.respelled_norm import RespelledNorm
 from moe_compile.patterns.rms_norm import RMSNorm
@@ -17,6 +18,7 @@ __all__ = [
     "EagerAttention",
     "ExpertLoop",
     "GatedMLP",
+    "GatheredExperts",
     "GroupedExperts",
     "RMSNorm",
     "RespelledNorm",

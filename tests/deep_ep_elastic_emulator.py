@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.deep_ep_emulator import check_fill, check_matrix, meet
+from tests.deep_ep_emulator import check_fill, check_matrix, meet, padded
 
 topk_idx_t = torch.int64
 ALIGNMENT = 2 << 20
@@ -71,6 +71,7 @@ class EPHandle:
 class ElasticBuffer:
     device_type = "cpu"
     is_random = True
+    unwritten = float("nan")
 
     def __init__(
         self,
@@ -171,12 +172,13 @@ class ElasticBuffer:
         assert topk_weights is not None, "dispatch without weights is not emulated"
         assert num_experts is not None
         bound = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        assert do_cpu_sync is not False, "not emulated"
+        do_cpu_sync = do_cpu_sync is not False
         assert expert_alignment in (None, 1), "not emulated"
         self._check_rows(x, topk_idx, num_experts, bound)
         check_matrix(topk_weights, torch.float32)
         assert topk_weights.shape == topk_idx.shape
-        meet(self.group, "dispatch", x.shape[1], topk_idx.shape[1], num_experts, bound)
+        notes = x.shape[1], topk_idx.shape[1], num_experts, bound, do_cpu_sync
+        meet(self.group, "dispatch", *notes)
         slots = self._draw(topk_idx, num_experts, bound)
         counts, arrived = self._send(x, topk_idx, slots, num_experts)
         picks = self._send(topk_idx, topk_idx, slots, num_experts)[1]
@@ -187,7 +189,12 @@ class ElasticBuffer:
         local, is_mine = self._localized(picks, num_experts)
         source[:, 1] = source[:, 0] // bound * picks.shape[1] + is_mine.int().argmax(1)
         per_expert = torch.bincount(local[is_mine], minlength=num_experts // self.num_ranks)
-        padded = torch.cat((per_expert.new_zeros(1), per_expert)).cumsum(0, dtype=torch.int32)
+        ends = torch.cat((per_expert.new_zeros(1), per_expert)).cumsum(0, dtype=torch.int32)
+        per_rank, listed = counts.cumsum(0, dtype=torch.int32), per_expert.tolist()
+        if not do_cpu_sync:
+            extra, listed = self._missing(per_rank, bound), []
+            arrived, weights = (padded(t, extra, self.unwritten) for t in (arrived, weights))
+            local, source = (padded(t, extra, _GARBAGE) for t in (local, source))
         made = EPHandle(
             False,
             num_experts,
@@ -197,9 +204,9 @@ class ElasticBuffer:
             topk_idx.clone(),
             len(arrived),
             int(per_expert.sum()),
-            per_expert.tolist(),
-            counts.cumsum(0, dtype=torch.int32),
-            padded[1:],
+            listed,
+            per_rank,
+            ends[1:],
             per_expert.int(),
             source,
             slots,
@@ -251,8 +258,14 @@ class ElasticBuffer:
         given = handle.topk_idx, handle.dst_buffer_slot_idx, handle.num_experts
         counts, rows = self._send(x, *given)
         assert torch.equal(counts.cumsum(0), handle.psum_num_recv_tokens_per_scaleup_rank)
-        assert rows.shape[0] == handle.num_recv_tokens
-        return rows, self._localized(self._send(handle.topk_idx, *given)[1], handle.num_experts)[0]
+        picks = self._localized(self._send(handle.topk_idx, *given)[1], handle.num_experts)[0]
+        extra = handle.num_recv_tokens - rows.shape[0]
+        assert extra in (0, self._missing(counts.cumsum(0), handle.num_max_tokens_per_rank))
+        return padded(rows, extra, self.unwritten), padded(picks, extra, _GARBAGE)
+
+    def _missing(self, per_rank: Tensor, bound: int) -> int:
+        """The rows without a token where there are as many as could come."""
+        return bound * self.num_ranks - int(per_rank[-1])
 
     def _draw(self, picks: Tensor, num_experts: int, bound: int) -> Tensor:
         """The place of each copy of a token, at the first of its picks that goes to a rank."""
@@ -289,10 +302,11 @@ class ElasticBuffer:
     def _bring(self, rows: Tensor, handle: EPHandle) -> Tensor:
         """What the ranks [R] give back for a token: [T, R, ...], and garbage where they do not."""
         bound, (tokens, picks) = handle.num_max_tokens_per_rank, handle.topk_idx.shape
-        token, rank = (
-            handle.recv_src_metadata[:, 0] % bound,
-            handle.recv_src_metadata[:, 1] // picks,
-        )
+        # It reads on the device how many rows came if it sees as many as could come.
+        real = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+        assert rows.shape[0] in (real, bound * self.num_ranks)
+        rows, source = rows[:real], handle.recv_src_metadata[:real]
+        token, rank = source[:, 0] % bound, source[:, 1] // picks
         homes = [(rank == r).nonzero()[:, 0] for r in range(self.num_ranks)]
         counts, back = self._exchange([rows[home] for home in homes])
         to = self._exchange([token[home] for home in homes])[1].long()

@@ -43,6 +43,7 @@ class EventOverlap:
 class Buffer:
     num_sms: int = 20
     device_type = "cpu"
+    unwritten = float("nan")
 
     def __init__(
         self,
@@ -159,9 +160,9 @@ class Buffer:
             # What lies behind the real rows is whatever the memory held, but for the picks.
             extra = num_worst_tokens - rows.shape[0]
             assert extra >= 0, "more rows than the worst case"
-            rows, weights = (_padded(t, extra, float("nan")) for t in (rows, weights))
-            picks, counts = _padded(picks, extra, -1), []
-            handle = (*handle[:3], _padded(handle[3], extra, 1 << 30), *handle[4:])
+            rows, weights = (padded(t, extra, self.unwritten) for t in (rows, weights))
+            picks, counts = padded(picks, extra, -1), []
+            handle = (*handle[:3], padded(handle[3], extra, 1 << 30), *handle[4:])
         return rows, picks, weights, counts, handle, EventOverlap()
 
     def combine(
@@ -203,7 +204,7 @@ class Buffer:
         assert is_token_in_rank.shape == (x.shape[0], self.group_size)
         self._meet("cached dispatch", x.shape[1])
         rows = self._send(x, handle)
-        return _padded(rows, source.shape[0] - rows.shape[0], float("nan"))
+        return padded(rows, source.shape[0] - rows.shape[0], self.unwritten)
 
     def _handle(self, is_sent: Tensor, per_rank: Tensor, config: Config) -> Handle:
         """Prefix sums are inclusive, those of received channels exclusive."""
@@ -212,8 +213,8 @@ class Buffer:
         counts = [torch.empty_like(per_rank) for _ in range(self.group_size)]
         dist.all_gather(counts, per_rank, group=self.group)
         rank_prefix = torch.stack(counts).cumsum(0, dtype=torch.int32)
-        padded = _padded(is_sent.int(), channels * width - tokens, 0)
-        parts = padded.view(channels, width, self.group_size)
+        parts = padded(is_sent.int(), channels * width - tokens, 0)
+        parts = parts.view(channels, width, self.group_size)
         channel_prefix = parts.sum(1).cumsum(0, dtype=torch.int32).T.contiguous()
         starts = torch.cat((torch.zeros(self.group_size, 1).int(), channel_prefix[:, :-1]), 1)
         received = torch.empty_like(starts)
@@ -314,5 +315,5 @@ def check_fill() -> None:
     assert not (torch.are_deterministic_algorithms_enabled() and fills)
 
 
-def _padded(t: Tensor, extra: int, value: float) -> Tensor:
+def padded(t: Tensor, extra: int, value: float) -> Tensor:
     return torch.cat((t, t.new_full((extra, *t.shape[1:]), value)))

@@ -7,8 +7,12 @@ traced again, recomputed and reordered:
 * the backward of dispatch is `deep_ep_combine` with the weights' gradient beside the rows';
 * the backward of combine is `deep_ep_redispatch`: no layout, no waiting.
 
-Every rank of the group must make each call, with any number of tokens. Dispatch waits for the
-device once, to learn how many rows come. No event outlives an op: each ends on the current stream.
+Every rank of the group must make each call, with any number of tokens. No event outlives an op:
+each ends on the current stream. Dispatch waits for the device once, to learn how many rows come;
+but not where `max_tokens` bounds T on every rank. U is then what could come at most, R times the
+bound, and the rows that did not come are at the end: ids of -1, weights of 0, and whatever the
+memory held. Combine never reads them, and redispatch leaves such rows in its result, too.
+
 Below, T are a rank's tokens, U the rows it receives, R the ranks, C the channels: half the SMs.
 """
 
@@ -23,6 +27,9 @@ from moe_compile.kernels.all_to_all import process_group
 
 BUFFERS: dict[str, Any] = {}
 """The one buffer of each process group, by the group's name."""
+
+AHEAD: set[str] = set()
+"""The groups whose last dispatch did not wait: the device may still owe the host its counts."""
 
 
 def library() -> Any:
@@ -57,9 +64,36 @@ def destroy_buffers() -> None:
         BUFFERS.popitem()[1].destroy()
 
 
+def check_bound(tokens: int, max_tokens: int | None) -> None:
+    """Refuses more tokens than were promised, before any rank writes behind its rows."""
+    if max_tokens is not None and tokens > max_tokens:
+        raise ValueError(
+            f"a layer of experts got {tokens} tokens from one rank; it takes up to {max_tokens}, "
+            "which OptimizeConfig.max_tokens_per_rank promised; optimize the model with a larger "
+            "number, or without one, or make the batch smaller"
+        )
+
+
+def _wait_for_counts(group: str, device: torch.device, max_tokens: int | None) -> None:
+    """Lets no dispatch that waits for its counts read those of an earlier one that did not.
+
+    The library has one place on the host for the counts of all dispatches.
+    """
+    if max_tokens is not None:
+        AHEAD.add(group)
+    elif group in AHEAD:
+        torch.get_device_module(device).synchronize()
+        AHEAD.remove(group)
+
+
 @torch.library.custom_op("moe_compile::deep_ep_dispatch", mutates_args=())
 def deep_ep_dispatch(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
 
@@ -68,6 +102,8 @@ def deep_ep_dispatch(
         [R, R], of channels sent [R, C] and received [R, C], the source of each row [U], whether a
         token goes to a rank [T, R], and the heads of the queues of what was sent [T, R].
     """
+    check_bound(x.shape[0], max_tokens)
+    _wait_for_counts(group, x.device, max_tokens)
     buffer = _buffer(x.shape[1], group)
     picks = ids.to(torch.int64).contiguous()
     per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
@@ -78,7 +114,9 @@ def deep_ep_dispatch(
         num_tokens_per_expert=per_expert,
         topk_idx=picks,
         topk_weights=weights.to(torch.float32).contiguous(),
+        num_worst_tokens=(max_tokens or 0) * process_group(group).size(),
     )
+    their_weights.masked_fill_(local_ids < 0, 0)  # they are already, but of rows that did not come
     return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
 
 
@@ -109,10 +147,20 @@ def deep_ep_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
 
 
 @deep_ep_dispatch.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
-    context = torch.library.get_ctx()
-    rows, channels = context.new_dynamic_size(), context.new_dynamic_size()
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
+) -> Any:
     ranks, tokens = process_group(group).size(), x.shape[0]
+    if max_tokens is None:
+        context = torch.library.get_ctx()
+        rows, channels = context.new_dynamic_size(), context.new_dynamic_size()
+    else:
+        rows, channels = max_tokens * ranks, library().Buffer.num_sms // 2
     new = functools.partial(ids.new_empty, dtype=torch.int32)
     return (
         x.new_empty(rows, x.shape[1]),
@@ -146,7 +194,7 @@ def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
 
     def dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
         grads = combine(rows, weights, list(ctx.saved_tensors), ctx.group)
-        return grads[0], None, grads[1], None, None
+        return grads[0], None, grads[1], None, None, None
 
     def combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         handle = list(ctx.saved_tensors)
@@ -157,7 +205,7 @@ def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.group = inputs[-1]
+    ctx.group = inputs[4]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(output[1], *output[3:])
 

@@ -4,15 +4,17 @@ The three ops and their backwards mean what those of `deep_ep` do, with another 
 differ in the library, and end here:
 
 * A buffer holds up to a number of tokens, the same on all ranks, and a rank may bring any number.
-  So a dispatch begins by exchanging the largest. Its power of two is the bound of this dispatch,
-  and the buffer is made larger where that needs it. The handle keeps the bound: it lays out the
-  buffer for the way back, in whatever larger buffer is there by then.
+  So a dispatch without `max_tokens` begins by exchanging the largest. Its power of two is the bound
+  of this dispatch, and the buffer is made larger where that needs it. The handle keeps the bound:
+  it lays out the buffer for the way back, in whatever larger buffer is there by then.
 * Kernels are compiled when they are first used, one for each bound: hence the powers of two.
 * A token's place among a rank's rows is drawn by an atomic addition, and changes from run to run.
   Rows are sorted here by rank and token, so that what is recomputed is what was computed.
 
 Every rank of the group must make each call, with any number of tokens; no token may pick an expert
-twice. Dispatch waits for the device, to learn the largest number of tokens and how many rows come.
+twice. Dispatch waits for the device, to learn the largest number of tokens and how many rows come;
+with `max_tokens` it does not, and the rows that did not come are as in `deep_ep`.
+
 Below, T are a rank's tokens, U the rows it receives, R the ranks, L the experts on each.
 """
 
@@ -25,10 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
-from moe_compile.kernels.deep_ep import BUFFERS, complete, library
+from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library
 
 _LEAST_BOUND = 256
 """Below it a buffer is small anyway, and every bound costs a compilation."""
+
+_LAST = torch.iinfo(torch.int32).max
+"""The source of a row that did not come, which is sorted behind all that did."""
 
 
 def _bound(tokens: int, device: torch.device, name: str) -> int:
@@ -78,7 +83,12 @@ def _library_handle(handle: list[Tensor]) -> Any:
 
 @torch.library.custom_op("moe_compile::deep_ep_elastic_dispatch", mutates_args=())
 def elastic_dispatch(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
 
@@ -88,25 +98,30 @@ def elastic_dispatch(
         of the rows in the buffer [U], and their sources [U, 2 + K]; the places of what was sent
         [T, K], and its picks [T, K].
     """
-    bound = _bound(x.shape[0], x.device, group)
+    check_bound(x.shape[0], max_tokens)
+    bound = max_tokens or _bound(x.shape[0], x.device, group)
     arrived, picked, weighed, handle, _ = _buffer(bound, x.shape[1], ids.shape[1], group).dispatch(
         x.contiguous(),
         topk_idx=ids.to(torch.int64).contiguous(),
         topk_weights=weights.to(torch.float32).contiguous(),
         num_experts=num_experts,
         num_max_tokens_per_rank=bound,
+        do_cpu_sync=max_tokens is None,
     )
-    order = handle.recv_src_metadata[:, 0].argsort()
+    per_rank, sources = handle.psum_num_recv_tokens_per_scaleup_rank, handle.recv_src_metadata
+    is_missing = torch.arange(sources.shape[0], device=x.device) >= per_rank[-1]
+    order = sources[:, 0].masked_fill(is_missing, _LAST).argsort()
     rows, local_ids, their_weights, source = (
-        t.index_select(0, order) for t in (arrived, picked, weighed, handle.recv_src_metadata)
+        t.index_select(0, order) for t in (arrived, picked, weighed, sources)
     )
+    local_ids.masked_fill_(is_missing[:, None], -1)
     # The way back brings a weight's gradient from its expert's rank alone: others get zeros.
     their_weights.masked_fill_(local_ids < 0, 0)
     return (
         rows,
         local_ids.to(ids.dtype),
         their_weights.to(weights.dtype),
-        handle.psum_num_recv_tokens_per_scaleup_rank,
+        per_rank,
         handle.psum_num_recv_tokens_per_expert.clone(),  # a slice
         torch.tensor([num_experts, bound, handle.num_sms]),
         order,
@@ -145,8 +160,16 @@ def elastic_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
 
 
 @elastic_dispatch.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
-    rows, ranks = torch.library.get_ctx().new_dynamic_size(), process_group(group).size()
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
+) -> Any:
+    ranks = process_group(group).size()
+    rows = torch.library.get_ctx().new_dynamic_size() if max_tokens is None else max_tokens * ranks
     tokens, picks = ids.shape
     new = functools.partial(ids.new_empty, dtype=torch.int32)
     return (

@@ -27,7 +27,8 @@ def experts(
     An expert is `activation(x @ up.T + up_bias) @ down.T + down_bias`.
 
     Args:
-        x: [T, H], the tokens.
+        x: [T, H], the tokens. Those without a pick here may be NaN, and so may their gradients:
+            that reaches no other token, and no expert.
         ids: [T, K], the picked experts, each in 0..E-1, or -1 for a pick that lives elsewhere: it
             adds nothing to the output, and its weight's gradient is zero.
         weights: [T, K], the routing weights; their product with the expert's result is in the wider

@@ -19,12 +19,14 @@ class ExpertParallel:
         size: how many they are.
         data_ranks: how many ranks have data, over all groups: a gradient is the mean over them.
         one_machine: whether all of them are on one machine.
+        max_tokens: what each of them brings to a layer at most; None where nobody promised it.
     """
 
     group: str
     size: int
     data_ranks: int
     one_machine: bool
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class Layout:
         """This rank's place among all of them."""
         return dist.get_rank(self.group)
 
-    @property
-    def ep(self) -> ExpertParallel | None:
+    def ep(self, max_tokens: int | None) -> ExpertParallel | None:
         """What graphs need to know of expert parallelism."""
         if self.experts is None:
             return None
         group: dist.ProcessGroup = self.experts.get_group("ep")
-        return ExpertParallel(group.group_name, self.sizes["ep"], self.ranks, self.one_machine)
+        sizes = self.sizes["ep"], self.ranks
+        return ExpertParallel(group.group_name, *sizes, self.one_machine, max_tokens)
 
 
 def layout_of(mesh: DeviceMesh | None) -> Layout | None:

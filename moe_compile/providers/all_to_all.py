@@ -14,8 +14,14 @@ from moe_compile.rewrite.refuse import Refuse
 
 
 def _dispatch(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    # The collective wants the sizes on the host, whatever is known of the largest.
     rows, ids, weights, *handle = all_to_all_dispatch(x, ids, weights, num_experts, group)
     return rows, ids, weights, handle
 

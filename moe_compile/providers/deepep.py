@@ -34,9 +34,15 @@ class Interface:
 
 
 def _dispatch(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    rows, ids, weights, *handle = deep_ep_dispatch(x, ids, weights, num_experts, group)
+    sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens)
+    rows, ids, weights, *handle = sent
     return rows, ids, weights, handle
 
 
@@ -45,9 +51,15 @@ def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Te
 
 
 def _elastic_dispatch(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    rows, ids, weights, *handle = elastic_dispatch(x, ids, weights, num_experts, group)
+    sent = elastic_dispatch(x, ids, weights, num_experts, group, max_tokens)
+    rows, ids, weights, *handle = sent
     return rows, ids, weights, handle
 
 
@@ -85,8 +97,7 @@ def interface(module: Any) -> Interface | None:
 class DeepEPProvider:
     """DeepEP's kernels over NVLink, from the package `deep_ep` where it is installed.
 
-    Its ways that never wait for the device are left out: they need a bound on the tokens of every
-    rank before these are known, and ranks may bring any number here.
+    Dispatch waits for the device, unless `OptimizeConfig.max_tokens_per_rank` bounds the tokens.
     """
 
     name: str = "deepep"

@@ -70,7 +70,7 @@ def _is_binary(node: fx.Node) -> bool:
     if value(node).dtype == torch.bool or node.target is aten.one_hot.default:
         return True
     if node.target is aten.scatter.value:
-        return node.args[3] == 1 and _is_zeros(node.args[0])
+        return bool(node.args[3] == 1) and _is_zeros(node.args[0])
     if node.target in _VIEWS or _masks_with_zero(node):
         return _is_binary(node.args[0])  # type: ignore[arg-type]
     is_product = node.target is aten.mul.Tensor and len(node.all_input_nodes) == 2
@@ -121,7 +121,7 @@ def _compares_with_range(node: fx.Node) -> bool:
 
 
 def _masks_with_zero(node: fx.Node) -> bool:
-    return node.target is aten.masked_fill.Scalar and node.args[2] == 0
+    return node.target is aten.masked_fill.Scalar and bool(node.args[2] == 0)
 
 
 def _is_zeros(node: Any) -> bool:

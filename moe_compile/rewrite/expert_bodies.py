@@ -66,8 +66,10 @@ class Step:
         kind: a first product (`up`), the activation (`act`), or the last product (`down`).
         inputs: the rows; of an activation, the results of the first products.
         result: the node that it ends in.
-        expert: whose rows they are; None where `inputs` are [experts, ..., H], or where there is
-            `ends`: [experts], the end of each expert's rows in [rows, H].
+        expert: whose rows they are. If None, `inputs` are [experts or 1, ..., H], unless there is
+        ends: [experts], the end of each expert's rows in [rows, H]; or
+        ids: whose each row is; rows lack its dimensions at the positions `missing`.
+        bias_ids: whose bias each row gets, where that is said apart.
         place: which of the first products it is.
     """
 
@@ -76,12 +78,16 @@ class Step:
     result: fx.Node
     expert: int | None = None
     ends: fx.Node | None = None
+    ids: fx.Node | None = None
+    missing: tuple[int, ...] = ()
+    bias_ids: fx.Node | None = None
     place: int = 0
 
     @property
     def reads(self) -> list[fx.Node]:
         """Every node that it takes."""
-        return [*self.inputs, *([] if self.ends is None else [self.ends])]
+        routed = (self.ends, self.ids, self.bias_ids)
+        return [*self.inputs, *(node for node in routed if node is not None)]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import operator
 import re
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from moe_compile.rewrite.expert_bodies import TRANSPARENT, Stack, signature_of, strip
 from moe_compile.rewrite.normal_form import aten, value
+from moe_compile.rewrite.refuse import Refuse
 
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
 """Products of rows with one matrix."""
@@ -28,12 +30,21 @@ class Weight:
 
 @dataclass(frozen=True)
 class Product:
-    """Rows times a weight of one expert, with its bias or None."""
+    """Rows times a weight of one expert.
+
+    Attributes:
+        node: the result, with its bias.
+        operand: the rows as they are multiplied; `rows` without casts and copies.
+        bias: or None.
+        nodes: the product, and the addition of the bias where it is apart.
+    """
 
     node: fx.Node
+    operand: fx.Node
     rows: fx.Node
     weight: Weight
     bias: Any
+    nodes: frozenset[fx.Node]
 
 
 def products(graph: fx.Graph) -> list[Product]:
@@ -45,9 +56,38 @@ def products(graph: fx.Graph) -> list[Product]:
             continue
         weight = _weight(node.args[1], numbered, node.target is not aten.linear.default)
         if weight is not None:
-            bias = node.args[2] if len(node.args) > 2 else None
-            found.append(Product(node, strip(node.args[0]), weight, bias))
+            found.append(_product(node, weight, numbered))
     return found
+
+
+def _product(node: fx.Node, weight: Weight, numbered: dict[str, tuple[str, int]]) -> Product:
+    operand: Any = node.args[0]
+    bias = node.args[2] if len(node.args) > 2 else None
+    result = node
+    if bias is None:
+        result, bias = with_bias(node, lambda b: _expert_of_bias(b, numbered) == weight.expert)
+    return Product(result, operand, strip(operand), weight, bias, frozenset({node, result}))
+
+
+def with_bias(node: fx.Node, is_bias: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node | None]:
+    """A product after its bias was added, and the bias; the product alone where there is none."""
+    user = next(iter(node.users), None)
+    if len(node.users) == 1 and user is not None and user.target is aten.add.Tensor:
+        others = [a for a in user.args if a is not node]
+        if len(others) == 1 and isinstance(others[0], fx.Node) and is_bias(others[0]):
+            return user, others[0]
+    return node, None
+
+
+def _expert_of_bias(node: fx.Node, numbered: dict[str, tuple[str, int]]) -> int | None:
+    """Whose bias it is; None if nobody's."""
+    node = strip(node)
+    if value(node).dim() != 1:
+        return None
+    if node.op == "get_attr":
+        return numbered[str(node.target)][1] if str(node.target) in numbered else None
+    part = _part_of_stack(node)
+    return None if part is None else part[1]
 
 
 def _numbered_parameters(graph: fx.Graph) -> dict[str, tuple[str, int]]:
@@ -126,9 +166,19 @@ def stack_of(weights: list[Weight]) -> Stack:
     return Stack(tuple(weight.node for weight in weights), transposed)
 
 
-def bias_stack_of(biases: list[fx.Node]) -> Stack:
-    """The same for biases."""
+def bias_stack_of(biases: list[fx.Node | None]) -> Stack | None:
+    """The same for biases; None where there are none."""
+    if biases[0] is None:
+        return None
     parts = [_part_of_stack(strip(bias)) for bias in biases]
     if parts[0] is not None:
         return Stack((parts[0][0],))
     return Stack(tuple(strip(bias) for bias in biases))
+
+
+def bias_stacks(stacks: Sequence[Stack | None], node: fx.Node) -> tuple[Stack, ...]:
+    """The biases of the first products: of all of them or of none."""
+    found = tuple(stack for stack in stacks if stack is not None)
+    if len(found) not in (0, len(stacks)):
+        raise Refuse("only some of an expert's first products have a bias", node)
+    return found

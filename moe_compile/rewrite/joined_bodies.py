@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from moe_compile.rewrite.expert_bodies import Bodies, Step, attempt, between, side_by_side
-from moe_compile.rewrite.expert_weights import PRODUCTS, Product, bias_stack_of, stack_of
+from moe_compile.rewrite.expert_weights import Product, bias_stack_of, bias_stacks, stack_of
 from moe_compile.rewrite.normal_form import aten
 from moe_compile.rewrite.refuse import Refuse
 
@@ -42,16 +42,16 @@ def _joined_hidden(
         return None
     (result,), (joint,) = sources, joints
     ups = {p.node for products in first.values() for p in products}
-    return (joint, result) if len(ups) == len(first) and _joined(joint) == ups else None
+    return (joint, result) if len(ups) == len(first) and _joined(joint, ups) == ups else None
 
 
-def _joined(joint: fx.Node) -> set[fx.Node]:
-    """The products that a node puts together."""
+def _joined(joint: fx.Node, products: set[fx.Node]) -> set[fx.Node]:
+    """Those of the products that a node puts together."""
     found: set[fx.Node] = set()
     todo = [joint]
     while todo:
         for node in todo.pop().all_input_nodes:
-            if node.target in PRODUCTS:
+            if node in products:
                 found.add(node)
             elif node.target in _JOINS or node.target is aten.expand.default:
                 todo.append(node)
@@ -91,16 +91,16 @@ def _assemble_joined(
         raise Refuse("something else flows into the experts' activation", hidden)
     products = [("up", p) for p in ups], [("down", p) for p in downs]
     up_steps, down_steps = (
-        [Step(kind, (p.node.args[0],), p.node, p.weight.expert) for kind, p in group]  # type: ignore[arg-type]
+        [Step(kind, (p.operand,), p.node, p.weight.expert) for kind, p in group]  # type: ignore[arg-type]
         for group in products
     )
     return Bodies(
         count=len(ups),
         steps=(*up_steps, Step("act", (joint,), hidden), *down_steps),
-        nodes=frozenset({*inner, *(p.node for p in (*ups, *downs))}),
+        nodes=frozenset(inner).union(*(p.nodes for p in (*ups, *downs))),
         up=(stack_of([p.weight for p in ups]),),
         down=stack_of([p.weight for p in downs]),
         activation=side_by_side([joint], hidden, inner),
-        up_bias=() if ups[0].bias is None else (bias_stack_of([p.bias for p in ups]),),
-        down_bias=None if downs[0].bias is None else bias_stack_of([p.bias for p in downs]),
+        up_bias=bias_stacks([bias_stack_of([p.bias for p in ups])], joint),
+        down_bias=bias_stack_of([p.bias for p in downs]),
     )

@@ -26,8 +26,15 @@ _COUNTS = {
     aten.count_nonzero.default,
     aten.count_nonzero.dim_IntList,
 }
-_TOTALS = {aten.cumsum.default, aten.sum.dim_IntList, aten.sum.default, aten.argsort.default}
-_TOTALS |= {aten.argsort.stable, aten.argmax.default, aten.argmin.default}
+_TOTALS = {
+    aten.cumsum.default,
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.argsort.default,
+    aten.argsort.stable,
+    aten.argmax.default,
+    aten.argmin.default,
+}
 _PAIRS = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.max.dim, aten.min.dim}
 """Values and their places."""
 

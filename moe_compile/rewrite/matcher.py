@@ -390,7 +390,7 @@ def _is_idle(begins: fx.Node) -> bool:
     node = begins.next
     while node.target in (enter, exit) and node.args[0] != begins.args[0]:
         node = node.next
-    return node.target is exit and node.args[0] == begins.args[0]
+    return node.target is exit and bool(node.args[0] == begins.args[0])
 
 
 def owner_calls(match: Match) -> tuple[int, ...]:

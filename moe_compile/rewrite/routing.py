@@ -108,6 +108,17 @@ def _roots(graph: fx.Graph, bodies: Bodies) -> Iterator[fx.Node]:
                 return
 
 
+def _depending_on(nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that is computed from them."""
+    found, todo = set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.users
+    return found
+
+
 def _is_rows(result: Any, width: int) -> bool:
     """Whether it is [any, width]; a width that is computed from counts of rows may be any."""
     if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() != 2:
@@ -147,22 +158,31 @@ class _Slice:
         self.inputs = {step.result: step.reads for step in bodies.steps}
         self.count: str = str(value(tokens).shape[0])
         self.nodes = self._between([tokens])
+        self.computed = _depending_on(bodies.nodes)
+        self.weights: list[fx.Node] = []
 
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
         failure = self._stranger()
-        for ids, mask in self._picks():
-            for free in [*self._candidates(torch.float32), None]:
-                inner = self._closed([self.tokens, ids, *([free] if free else [])])
-                if inner is None:
-                    continue
-                attempt = self._attempt(
-                    Cut(self.root, self.tokens, ids, free, inner, self.bodies, mask)
-                )
-                if isinstance(attempt, Routing):
-                    return attempt
-                failure = attempt
+        for cut in self._cuts():
+            attempt = self._attempt(cut)
+            if isinstance(attempt, Routing):
+                return attempt
+            failure = attempt
         return failure
+
+    def _cuts(self) -> Iterator[Cut]:
+        """Every cut, those below the nearest ids or masks first."""
+        floats = self._candidates(torch.float32)
+        for ids, mask in self._picks():
+            closed = {free: self._closed([self.tokens, ids, free]) for free in floats}
+            closing = [free for free in floats if closed[free] is not None]
+            # What closes a cut by itself is the likeliest to be the weights.
+            self.weights = [*closing, *(node for node in floats if node not in closing)]
+            cuts = [(free, closed[free]) for free in closing]
+            for free, inner in [*cuts, (None, self._closed([self.tokens, ids]))]:
+                if inner is not None:
+                    yield Cut(self.root, self.tokens, ids, free, inner, self.bodies, mask)
 
     def _stranger(self) -> Refuse:
         """Why no cut may be closed: a parameter that is not the experts' own, or no ids."""
@@ -189,7 +209,7 @@ class _Slice:
         return sorted(seen)
 
     def _candidates(self, dtype: torch.dtype) -> list[fx.Node]:
-        """Values of each token and pick, the nearest to the root first."""
+        """Values of each token and pick that no expert computed, the nearest to the root first."""
         return [n for n in reversed(self.nodes) if self._is_per_pick(n, dtype)]
 
     def _picks(self) -> list[tuple[fx.Node, Mask | None]]:
@@ -202,7 +222,7 @@ class _Slice:
     def _is_of_each_token(self, node: fx.Node) -> bool:
         """Whether it has a row for every token."""
         result = value(node)
-        if not isinstance(result, Tensor) or node in {self.root, self.tokens, *self.inputs}:
+        if not isinstance(result, Tensor) or node is self.tokens or node in self.computed:
             return False
         sizes: list[Any] = list(result.shape)
         return str(sizes[:1]) == f"[{self.count}]" and all(isinstance(s, int) for s in sizes[1:])
@@ -224,7 +244,8 @@ class _Slice:
         return None if used or not self._all_used(inner, inputs) else inner
 
     def _all_used(self, inner: list[fx.Node], inputs: list[fx.Node]) -> bool:
-        return all(any(user in inner for user in n.users) or n is self.tokens for n in inputs)
+        used = {source for n in (*inner, *self.bodies.nodes) for source in n.all_input_nodes}
+        return all(node in used or node is self.tokens for node in inputs)
 
     def _attempt(self, cut: Cut) -> "Routing | Refuse":
         failure = Refuse("the result is no weighted sum of the picked experts", self.root)
@@ -245,7 +266,7 @@ class _Slice:
         values = {cut.free, *cut.inner} - {None, *self.bodies.nodes}
         choices = choices_of(cut.ids, self.bodies.count)
         picks = per_row(cut.ids) if cut.mask is None else cut.mask.picks
-        weights = [n for n in self._candidates(torch.float32) if n in values]
+        weights = [n for n in self.weights if n in values]
         for full, width in ((False, picks), (True, choices)):
             near = [n for n in weights if per_row(n) == width][:_TRIES]
             for weight, weigh_input in itertools.product(near, (False, True)):

@@ -1,6 +1,5 @@
 """Runs what surrounds experts with random functions in their place: numbers, then exact proofs."""
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.rewrite.dispatch_mask import Mask
-from moe_compile.rewrite.expert_bodies import Bodies, Step
+from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.normal_form import aten, schema_arguments, value
 from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.stand_ins import StandIns, positive
 from moe_compile.rewrite.weighted_sum import weighted_sum
 from moe_compile.verify.in_float64 import InFloat64
 from moe_compile.verify.oracle import Disproved, prove
@@ -38,7 +38,6 @@ _SELECTIONS = {
     aten.max.dim,
 }
 _Sizes = dict[Any, Any]
-_RANK = 2
 _FAILURES = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
 """What foreign code raises where it depends on more than it is given."""
 
@@ -146,25 +145,9 @@ def agrees(cut: Cut, forms: Iterable[Form]) -> Iterator[Form]:
         except _FAILURES as error:
             raise Refuse(_not_alone(error), cut.root) from None
         for form in forms:
-            if not _is_outside(form.weights, cut):
-                continue
             actual = _after(cut, form)(*inputs)
             if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-8):
                 yield form
-
-
-def _is_outside(weights: fx.Node, cut: Cut) -> bool:
-    """Whether a value depends on nothing that experts computed."""
-    steps, known = set(cut.bodies.nodes), {cut.tokens, cut.ids, cut.free}
-    todo, seen = [weights], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in steps:
-            return False
-        if node not in seen and node not in known and not _is_known_size(node):
-            seen.add(node)
-            todo += flows_into(node)
-    return True
 
 
 def _not_alone(error: Exception) -> str:
@@ -179,23 +162,15 @@ def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
 
 def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
     """Random ids, tokens, free values and functions."""
-    bodies = cut.bodies
     generator = torch.Generator().manual_seed(tokens)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.1
-
-    given = [
-        random(tokens, value(cut.tokens).shape[1]),
-        random(1) if cut.free is None else random(tokens, *value(cut.free).shape[1:]),
-        random(bodies.count, value(cut.tokens).shape[1], _RANK),
-        random(_RANK, _up_width(bodies)),
-        random(_hidden_width(bodies), _RANK),
-        random(bodies.count, _RANK, value(bodies.results[0]).shape[-1]),
-        random(bodies.count, value(bodies.results[0]).shape[-1]),
+    hidden = value(cut.tokens).shape[1]
+    free = (1,) if cut.free is None else (tokens, *value(cut.free).shape[1:])
+    return [
+        _random_ids(cut, tokens, repeats, generator),
+        positive((tokens, hidden), generator),
+        positive(free, generator),
+        *StandIns.draw(cut.bodies, hidden, generator),
     ]
-    ids = _random_ids(cut, tokens, repeats, generator)
-    return [ids, *(given if _has_offset(bodies) else given[:-1])]
 
 
 def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator) -> Tensor:
@@ -208,66 +183,6 @@ def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator
     return ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
 
 
-def _up_width(bodies: Bodies) -> int:
-    """What the activation takes of a row."""
-    return value(next(iter(bodies.activation.graph.nodes))).shape[-1]
-
-
-def _hidden_width(bodies: Bodies) -> int:
-    """What the activation gives a row."""
-    return next(value(step.result).shape[-1] for step in bodies.steps if step.kind == "act")
-
-
-def _has_offset(bodies: Bodies) -> bool:
-    """Whether an expert may give something for a row of zeros; if not, zeros may stand for none."""
-    if bodies.down_bias is not None or bodies.up_bias:
-        return True
-    sample = torch.zeros(1, _up_width(bodies))
-    return bool(bodies.activation(sample).abs().max() > 0)
-
-
-@dataclass(frozen=True)
-class _Functions:
-    """Random functions in the place of the bodies; each expert has its own.
-
-    A product has the width of the real one and rank 2, so that large experts cost little: `up` is
-    [E, H, 2] and [2, N], `down` [I, 2] and [E, 2, Hout].
-    """
-
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    bias: Tensor | None
-
-    def product(self, step: Step, expert: int, rows: Tensor) -> Tensor:
-        """Rows of one expert after a product."""
-        if step.kind == "up":
-            width = value(step.result).shape[-1]
-            wide = self.up[1][:, step.place * width : (step.place + 1) * width]
-            return rows @ self.up[0][expert] @ wide
-        result = rows @ self.down[0] @ self.down[1][expert]
-        return result if self.bias is None else result + self.bias[expert]
-
-    def activation(self, hidden: Tensor) -> Tensor:
-        """Of rows one by one: neither linear nor even, and zero at zero."""
-        width = self.down[0].shape[0]
-        return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
-
-    def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
-        """The result of one step."""
-        values: list[Tensor] = [env[node] for node in step.inputs]
-        if step.kind == "act":
-            return self.activation(torch.cat(values, -1))
-        if step.expert is not None:
-            return self.product(step, step.expert, values[0])
-        if step.ends is None:
-            return torch.stack([self.product(step, e, own) for e, own in enumerate(values[0])])
-        ends = [0, *env[step.ends].tolist()]
-        pieces = [values[0][start:end] for start, end in itertools.pairwise(ends)]
-        results = [self.product(step, e, own) for e, own in enumerate(pieces)]
-        beyond = values[0].shape[0] - ends[-1]
-        return torch.cat([*results, results[0].new_zeros(beyond, results[0].shape[1])])
-
-
 def _before(cut: Cut) -> Callable[..., Tensor]:
     """The nodes as they stand, with a random function for each body."""
     results = {step.result: step for step in cut.bodies.steps}
@@ -275,7 +190,7 @@ def _before(cut: Cut) -> Callable[..., Tensor]:
     steps = [node for node in calls if node not in cut.bodies.nodes or node in results]
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(functions)
+        own = StandIns.of(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         sizes = _sizes(cut, len(x))
         for node in steps:
@@ -289,17 +204,17 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
     """The canonical op on the same functions."""
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
-        own = _functions(functions)
+        own = StandIns.of(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         return weighted_sum(
             x,
             ids if cut.mask is None else cut.mask.ids(ids),
             _value_of(form.weights, env, _sizes(cut, len(x))),
-            own.up[0],
-            own.down[1],
-            lambda hidden: own.activation(hidden @ own.up[1]) @ own.down[0],
-            None,
-            own.bias,
+            own.up,
+            own.down,
+            lambda hidden: own.activation(hidden @ own.wide) @ own.narrow,
+            own.up_bias,
+            own.down_bias,
             transposed=True,
             weigh_input=form.weigh_input,
             full=form.full,
@@ -307,11 +222,6 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
         )
 
     return run
-
-
-def _functions(tensors: tuple[Tensor, ...]) -> _Functions:
-    up, wide, narrow, down, *bias = tensors
-    return _Functions((up, wide), (narrow, down), bias[0] if bias else None)
 
 
 def _is_known_size(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Finds what experts compute where one operation multiplies by the weights of all of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -16,7 +16,7 @@ from moe_compile.rewrite.expert_bodies import (
     side_by_side,
     strip,
 )
-from moe_compile.rewrite.expert_weights import is_stored
+from moe_compile.rewrite.expert_weights import bias_stacks, is_stored, with_bias
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 
@@ -24,29 +24,61 @@ _BATCHED = {aten.bmm.default, aten.matmul.default}
 
 
 @dataclass(frozen=True)
-class _Product:
+class StackedProduct:
+    """Rows times a stack.
+
+    Attributes:
+        node: the result, with its bias.
+        nodes: what computes it from the rows; the rest is as in `Step`.
+    """
+
     node: fx.Node
     rows: fx.Node
     weight: Stack
-    ends: fx.Node | None
+    nodes: frozenset[fx.Node]
+    ends: fx.Node | None = None
+    ids: fx.Node | None = None
+    missing: tuple[int, ...] = ()
+    bias: fx.Node | None = None
+    bias_ids: fx.Node | None = None
+
+    @property
+    def groups(self) -> tuple[fx.Node | None, fx.Node | None]:
+        """What says whose each row is."""
+        return self.ends, self.ids
+
+    def step(self, kind: Any, place: int = 0) -> Step:
+        """The product as a step."""
+        return Step(
+            kind,
+            (self.rows,),
+            self.node,
+            ends=self.ends,
+            ids=self.ids,
+            missing=self.missing,
+            bias_ids=self.bias_ids,
+            place=place,
+        )
 
 
 def batched_bodies(graph: fx.Graph) -> Iterator[Bodies | Refuse]:
     """Products of [experts, tokens, ...] with a stack: every expert sees rows for itself."""
-    return _bodies(graph, _batched)
+    return bodies_of(graph, _batched)
 
 
 def grouped_bodies(graph: fx.Graph) -> Iterator[Bodies | Refuse]:
     """Grouped products of rows that are sorted by expert."""
-    return _bodies(graph, _grouped)
+    return bodies_of(graph, _grouped)
 
 
-def _bodies(
-    graph: fx.Graph, read: Callable[[fx.Node], _Product | None]
+def bodies_of(
+    graph: fx.Graph, read: Callable[[fx.Node], StackedProduct | None]
 ) -> Iterator[Bodies | Refuse]:
+    """The bodies whose products `read` makes out."""
     products = [p for node in graph.nodes if (p := read(node)) is not None]
     while products:
-        first = [p for p in products if p.rows is products[0].rows and p.ends is products[0].ends]
+        head = products[0]
+        first = [p for p in products if p.rows is head.rows and p.groups == head.groups]
         sources = {p.node for p in first}
         products = [p for p in products if p not in first]
         down = next((p for p in products if between(p.rows, sources) is not None), None)
@@ -55,48 +87,90 @@ def _bodies(
             yield attempt(_assemble, first, down)
 
 
-def _batched(node: fx.Node) -> _Product | None:
+def _batched(node: fx.Node) -> StackedProduct | None:
     if node.target not in _BATCHED:
         return None
-    rows, weight = node.args[0], _whole(node.args[1])
+    rows, weight = node.args[0], whole(node.args[1])
     if weight is None or not isinstance(rows, fx.Node) or value(rows).dim() != 3:
         return None
-    is_aligned = value(rows).shape[0] == value(weight.parts[0]).shape[0]
-    return _Product(node, rows, weight, None) if is_aligned else None
+    if value(rows).shape[0] not in (1, value(weight.parts[0]).shape[0]):
+        return None
+    result, bias = with_bias(node, _is_batched_bias)
+    stored: Any = bias and strip(bias).args[0]
+    return StackedProduct(result, rows, weight, frozenset({node, result}), bias=stored)
 
 
-def _grouped(node: fx.Node) -> _Product | None:
+def _is_batched_bias(node: fx.Node) -> bool:
+    """Whether it is a stack of vectors, the same for every row of an expert."""
+    node = strip(node)
+    is_spread = node.target is aten.unsqueeze.default and bool(node.args[1] == 1)
+    return is_spread and is_vectors(node.args[0])
+
+
+def _grouped(node: fx.Node) -> StackedProduct | None:
     if node.target is not grouped_mm._opoverload:
         return None
     rows, operand, ends = node.args[:3]
-    weight = _whole(operand)
+    weight = whole(operand)
     assert isinstance(rows, fx.Node)
     assert isinstance(ends, fx.Node)
-    return None if weight is None else _Product(node, rows, weight, ends)
+    if weight is None:
+        return None
+    return with_picked_bias(StackedProduct(node, rows, weight, frozenset({node}), ends=ends))
 
 
-def _whole(node: Any, transposed: bool = True) -> Stack | None:
+def with_picked_bias(product: StackedProduct) -> StackedProduct:
+    """The product with the bias that is added to it, each row's own, where one is."""
+    result, bias = with_bias(product.node, lambda node: picked(node) is not None)
+    found = picked(bias)
+    if found is None or not is_vectors(found[0]):
+        return product
+    stack, ids = found
+    nodes = product.nodes | {result, strip(bias)}
+    return replace(product, node=result, nodes=nodes, bias=stack, bias_ids=ids)
+
+
+def picked(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """The stack and the numbers, where the node is `stack[numbers]`."""
+    node = strip(node)
+    if not isinstance(node, fx.Node) or node.target is not aten.index.Tensor:
+        return None
+    stack, indices = strip(node.args[0]), node.args[1]
+    assert isinstance(indices, (list, tuple))
+    alone = len(indices) == 1 and isinstance(indices[0], fx.Node)
+    return (stack, indices[0]) if alone and is_stored(stack) else None  # type: ignore[return-value]
+
+
+def is_vectors(node: Any) -> bool:
+    """Whether it is a parameter with a vector for every expert."""
+    node = strip(node)
+    return isinstance(node, fx.Node) and is_stored(node) and value(node).dim() == 2
+
+
+def whole(node: Any, transposed: bool = True) -> Stack | None:
     """A parameter that holds all experts; `transposed`: [experts, in, out]."""
     node = strip(node)
     if not isinstance(node, fx.Node) or value(node).dim() != 3:
         return None
     if node.target is aten.transpose.int and set(node.args[1:]) == {1, 2}:
-        return _whole(node.args[0], not transposed)
+        return whole(node.args[0], not transposed)
     return Stack((node,), transposed) if is_stored(node) else None
 
 
-def _assemble(first: list[_Product], down: _Product) -> Bodies:
+def _assemble(first: list[StackedProduct], down: StackedProduct) -> Bodies:
     inner = between(down.rows, {p.node for p in first})
     assert inner is not None
-    if down.ends is not first[0].ends:
+    if down.groups != first[0].groups:
         raise Refuse("the two products of the experts group their rows differently", down.node)
-    ups = [Step("up", (p.rows,), p.node, ends=p.ends, place=place) for place, p in enumerate(first)]
+    ups = [p.step("up", place) for place, p in enumerate(first)]
     act = Step("act", tuple(p.node for p in first), down.rows)
     return Bodies(
         count=value(down.weight.parts[0]).shape[0],
-        steps=(*ups, act, Step("down", (down.rows,), down.node, ends=down.ends)),
-        nodes=frozenset({*inner, *(p.node for p in first), down.node}),
+        steps=(*ups, act, down.step("down")),
+        nodes=frozenset(inner).union(*(p.nodes for p in (*first, down))),
         up=tuple(p.weight for p in first),
         down=down.weight,
         activation=side_by_side([p.node for p in first], down.rows, inner),
+        up_bias=bias_stacks([p.bias and Stack((p.bias,)) for p in first], first[0].node),
+        down_bias=down.bias and Stack((down.bias,)),
     )

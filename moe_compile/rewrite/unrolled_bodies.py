@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -16,7 +15,13 @@ from moe_compile.rewrite.expert_bodies import (
     side_by_side,
     signature_of,
 )
-from moe_compile.rewrite.expert_weights import Product, bias_stack_of, products, stack_of
+from moe_compile.rewrite.expert_weights import (
+    Product,
+    bias_stack_of,
+    bias_stacks,
+    products,
+    stack_of,
+)
 from moe_compile.rewrite.joined_bodies import around_one_activation
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.region import Region
@@ -86,14 +91,10 @@ def _assemble(by_expert: dict[int, list[Product]]) -> Bodies:
         up=tuple(stack_of([body.first[i].weight for body in bodies]) for i in firsts),
         down=stack_of([body.down.weight for body in bodies]),
         activation=bodies[0].activation,
-        up_bias=tuple(
-            bias_stack_of([body.first[i].bias for body in bodies])
-            for i in firsts
-            if bodies[0].first[i].bias is not None
+        up_bias=bias_stacks(
+            [bias_stack_of([body.first[i].bias for body in bodies]) for i in firsts], sample.node
         ),
-        down_bias=bias_stack_of([body.down.bias for body in bodies])
-        if bodies[0].down.bias is not None
-        else None,
+        down_bias=bias_stack_of([body.down.bias for body in bodies]),
     )
 
 
@@ -115,22 +116,22 @@ class _Body:
         if len(later) != 1 or len({p.rows for p in first}) != 1:
             raise Refuse("an expert is not two products around an activation", products[-1].node)
         down, sources = later[0], {p.node for p in first}
-        inner = between(down.node.args[0], sources)
+        inner = between(down.operand, sources)
         if inner is None:
             raise Refuse("something else flows into an expert's activation", down.node)
         order = {node: i for i, node in enumerate(p.node for p in first)}
-        region = side_by_side([p.node for p in first], down.node.args[0], inner)
+        region = side_by_side([p.node for p in first], down.operand, inner)
         biased = [p.bias is not None for p in (*first, down)]
         layout = [(p.weight.family, p.weight.transposed, p.node.target) for p in (*first, down)]
-        text = f"{signature_of(down.node.args[0], order, {})} {layout} {biased}"
-        return cls(first, down, frozenset({*sources, *inner, down.node}), region, text)
+        text = f"{signature_of(down.operand, order, {})} {layout} {biased}"
+        products_own = frozenset[fx.Node]().union(*(p.nodes for p in (*first, down)))
+        return cls(first, down, products_own | inner, region, text)
 
     def steps(self, expert: int) -> list[Step]:
         """The body as steps."""
         products = [
-            Step("up", (p.node.args[0],), p.node, expert, place=i)  # type: ignore[arg-type]
-            for i, p in enumerate(self.first)
+            Step("up", (p.operand,), p.node, expert, place=i) for i, p in enumerate(self.first)
         ]
-        hidden: Any = self.down.node.args[0]
+        hidden = self.down.operand
         act = Step("act", tuple(p.node for p in self.first), hidden, expert)
         return [*products, act, Step("down", (hidden,), self.down.node, expert)]

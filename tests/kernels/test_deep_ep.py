@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.checkpoint import checkpoint
 
 from moe_compile.kernels import deep_ep
 from moe_compile.kernels.deep_ep import (
+    AHEAD,
     deep_ep_combine,
     deep_ep_dispatch,
     deep_ep_redispatch,
@@ -28,11 +32,13 @@ from tests.ranks import on_ranks
 
 HIDDEN, DTYPE = 256, torch.bfloat16
 LIMIT = 0.02  # bfloat16, summed in another order than one process would
+MOST = 53  # of the tokens that a rank brings in any case, on two ranks
 
 Program = Callable[..., Tensor]
 EMULATORS = {"Buffer": deep_ep_emulator, "ElasticBuffer": deep_ep_elastic_emulator}
 
 both = pytest.mark.parametrize("interface", EMULATORS)
+bounds = pytest.mark.parametrize("bound", [None, MOST])
 
 
 def tokens_with(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +47,12 @@ def tokens_with(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, ids, weights.to(DTYPE if case == "even" else torch.float32)
 
 
-def parallel(provider: Provider) -> Program:
+def parallel(provider: Provider, bound: int | None = None) -> Program:
     send, bring = provider.implementation(dispatch), provider.implementation(combine)
     compute = TorchProvider().implementation(experts)
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-        rows, theirs, weighed, handle = send(x, ids, weights, EXPERTS, group())
+        rows, theirs, weighed, handle = send(x, ids, weights, EXPERTS, group(), bound)
         y = compute(rows, theirs, weighed, up, down, torch.tanh)
         out: Tensor = bring(y, handle, x.shape[0], group())
         return out
@@ -89,10 +95,10 @@ def check_case(case: str, program: Program, *, exact: bool = True) -> None:
         assert error(value, reference) < LIMIT, case
 
 
-def check_programs(interface: str) -> None:
+def check_programs(interface: str, bound: int | None) -> None:
     EMULATORS[interface].install()
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    plain = parallel(DeepEPProvider())
+    plain = parallel(DeepEPProvider(), bound)
     programs = plain, recomputed(plain)
     compiled = [
         torch.compile(program, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -106,8 +112,11 @@ def check_programs(interface: str) -> None:
 
 def check_ops() -> None:
     deep_ep_emulator.install()
-    opcheck()
+    deep_ep_emulator.Buffer.unwritten = 7.0  # two runs are compared
+    for bound in (None, MOST):
+        opcheck(bound)
     check_buffers()
+    check_counts()
     destroy_buffers()
 
 
@@ -130,14 +139,22 @@ def check_buffers() -> None:
         first = last
 
 
-def opcheck() -> None:
+def check_counts() -> None:
+    """A dispatch that waits for its counts first waits for those that did not."""
+    x, ids, weights = tokens_with("uneven", dist.get_rank())
+    for bound in (None, MOST, MOST, None, None):
+        deep_ep_dispatch(x, ids, weights, EXPERTS, group(), bound)
+        assert (group() in AHEAD) == (bound is not None)
+
+
+def opcheck(bound: int | None) -> None:
     x, ids, weights = tokens_with("uneven", dist.get_rank())
     x.requires_grad_()
     weights.requires_grad_()
-    outputs = deep_ep_dispatch(x, ids, weights, EXPERTS, group())
+    outputs = deep_ep_dispatch(x, ids, weights, EXPERTS, group(), bound)
     assert all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs)
     handle, y = list(outputs[3:]), outputs[0].detach().requires_grad_()
-    torch.library.opcheck(deep_ep_dispatch, (x, ids, weights, EXPERTS, group()))
+    torch.library.opcheck(deep_ep_dispatch, (x, ids, weights, EXPERTS, group(), bound))
     torch.library.opcheck(deep_ep_combine, (y, None, handle, group()))
     torch.library.opcheck(deep_ep_combine, (y.detach(), outputs[2].detach(), handle, group()))
     torch.library.opcheck(deep_ep_redispatch, (x.detach(), handle, group()))
@@ -149,19 +166,63 @@ def check_plain(interface: str) -> None:
         check_case(case, parallel(DeepEPProvider()))
 
 
-def check_inductor(interface: str) -> None:
+def check_inductor(interface: str, bound: int | None) -> None:
     EMULATORS[interface].install()
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     program = torch.compile(
-        parallel(DeepEPProvider()), fullgraph=True, backend="inductor", dynamic=True
+        parallel(DeepEPProvider(), bound), fullgraph=True, backend="inductor", dynamic=True
     )
     check_case("uneven", program, exact=False)
     check_case("one rank has no tokens", program, exact=False)
 
 
+def compiled_sizes(interface: str, bound: int | None) -> tuple[list[bool], int]:
+    """Whether forward and backward graph have sizes that depend on data; and the rows."""
+    EMULATORS[interface].install()
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    found: list[bool] = []
+
+    def look(graph: fx.GraphModule, _: Any) -> Any:
+        values = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta]
+        found.append(bool(free_unbacked_symbols(values)))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    program = torch.compile(
+        parallel(DeepEPProvider(), bound), fullgraph=True, backend=backend, dynamic=True
+    )
+    check_case("uneven", program)
+    x, ids, weights = tokens_with("uneven", dist.get_rank())
+    send = DeepEPProvider().implementation(dispatch)
+    return found, send(x, ids, weights, EXPERTS, group(), bound)[0].shape[0]
+
+
+def too_many_tokens(interface: str) -> None:
+    EMULATORS[interface].install()
+    x, ids, weights = tokens_of("even", 0, HIDDEN, DTYPE)
+    program = parallel(DeepEPProvider(), len(x) - 1)
+    with pytest.raises(ValueError, match=r"got 6 tokens .* up to 5, .*max_tokens_per_rank"):
+        program(x, weights, *parameters(HIDDEN, DTYPE), ids)
+
+
 @both
-def test_eager_recomputed_and_compiled_on_two_ranks(interface: str) -> None:
-    on_ranks(2, check_programs, interface)
+@bounds
+def test_eager_recomputed_and_compiled_on_two_ranks(interface: str, bound: int | None) -> None:
+    on_ranks(2, check_programs, interface, bound)
+
+
+@both
+def test_a_bound_makes_every_size_known(interface: str) -> None:
+    assert on_ranks(2, compiled_sizes, interface, MOST) == [([False, False], 2 * MOST)] * 2
+
+
+def test_without_a_bound_sizes_depend_on_data() -> None:
+    assert all(found == [True, True] for found, _ in on_ranks(2, compiled_sizes, "Buffer", None))
+
+
+@both
+def test_more_tokens_than_the_bound(interface: str) -> None:
+    on_ranks(2, too_many_tokens, interface)
 
 
 def test_the_ops_and_their_buffers() -> None:
@@ -175,13 +236,13 @@ def test_on_four_ranks(interface: str) -> None:
 
 
 @both
+@bounds
 @pytest.mark.slow
-def test_compiled_with_inductor(interface: str) -> None:
-    on_ranks(2, check_inductor, interface)
+def test_compiled_with_inductor(interface: str, bound: int | None) -> None:
+    on_ranks(2, check_inductor, interface, bound)
 
 
 def emulation() -> None:
-    """What the library does not use, too: the worst case instead of waiting for the device."""
     rank, buffer = dist.get_rank(), deep_ep_emulator.Buffer
     size = buffer.get_dispatch_config(2).get_nvl_buffer_size_hint(HIDDEN * 2, 2)
     made = buffer(dist.group.WORLD, size, 0, explicitly_destroy=True)  # type: ignore[arg-type]

@@ -26,24 +26,50 @@ def tokens_with(case: str) -> tuple[Tensor, Tensor, Tensor]:
     return x, ids, weights.float()
 
 
-def send(x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    return elastic_dispatch(x, ids, weights, EXPERTS, group())
+def send(x: Tensor, ids: Tensor, weights: Tensor, bound: int | None = None) -> tuple[Tensor, ...]:
+    return elastic_dispatch(x, ids, weights, EXPERTS, group(), bound)
 
 
-def opcheck() -> None:
+def opcheck(bound: int | None = None) -> None:
     emulator.install()
-    # Two runs are compared, also the places of the rows in the buffer.
+    # Two runs are compared, also the places of the rows in the buffer, and what nothing wrote.
     emulator.ElasticBuffer.is_random = False
+    emulator.ElasticBuffer.unwritten = 7.0
     x, ids, weights = tokens_with("uneven")
     x.requires_grad_()
     weights.requires_grad_()
-    outputs = send(x, ids, weights)
+    outputs = send(x, ids, weights, bound)
     assert all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs)
     handle, y = list(outputs[3:]), outputs[0].detach().requires_grad_()
-    torch.library.opcheck(elastic_dispatch, (x, ids, weights, EXPERTS, group()))
+    torch.library.opcheck(elastic_dispatch, (x, ids, weights, EXPERTS, group(), bound))
     torch.library.opcheck(elastic_combine, (y, None, handle, group()))
     torch.library.opcheck(elastic_combine, (y.detach(), outputs[2].detach(), handle, group()))
     torch.library.opcheck(elastic_redispatch, (x.detach(), handle, group()))
+
+
+def opcheck_with_a_bound() -> None:
+    opcheck(60)
+
+
+def padding() -> None:
+    """With a bound rows come as without, and behind them those that did not come."""
+    emulator.install()
+    for case in CASES:
+        x, ids, weights = tokens_with(case)
+        exact, bounded = send(x, ids, weights), send(x, ids, weights, 60)
+        real, handle = len(exact[0]), list(bounded[3:])
+        assert handle[NUMBERS - 3].tolist() == [EXPERTS, 60, 4]
+        assert len(bounded[0]) == 120
+        for one, other in zip(exact[:3], bounded[:3], strict=True):
+            assert torch.equal(one, other[:real])
+        assert bool(bounded[0][real:].isnan().all())
+        assert bool((bounded[1][real:] == -1).all())
+        assert bool((bounded[2][real:] == 0).all())
+        again = elastic_redispatch(x, handle, group())
+        assert torch.equal(again[:real], exact[0])
+        back = elastic_combine(bounded[0], bounded[2], handle, group())
+        want = elastic_combine(exact[0], exact[2], list(exact[3:]), group())
+        assert all(torch.equal(*pair) for pair in zip(back, want, strict=True))
 
 
 def buffers() -> None:
@@ -115,6 +141,8 @@ def emulation() -> None:
     made.destroy()
 
 
-@pytest.mark.parametrize("check", [opcheck, buffers, order, emulation])
+@pytest.mark.parametrize(
+    "check", [opcheck, opcheck_with_a_bound, padding, buffers, order, emulation]
+)
 def test_on_two_ranks(check: Any) -> None:
     on_ranks(2, check)

@@ -18,7 +18,7 @@ class Early(DispatchExperts):
     name = "early"
 
 
-TWO = ExpertParallel("some group", size=2, data_ranks=6, one_machine=True)
+TWO = ExpertParallel("some group", size=2, data_ranks=6, one_machine=True, max_tokens=9)
 
 
 def raised_unit(ep: ExpertParallel | None) -> UnitGraph:
@@ -50,7 +50,7 @@ def test_tokens_travel_to_the_experts_and_back() -> None:
         for op in (ops.dispatch, ops.experts, ops.combine)
     )
     count = up.meta["val"].shape[0]  # type: ignore[union-attr]
-    assert dispatch.args == (x, ids, weights, count, "some group")
+    assert dispatch.args == (x, ids, weights, count, "some group", 9)
     assert experts.kwargs["up"] is up
     assert experts.meta["data_ranks"] == 6
     assert combine.args[0] is experts

@@ -251,14 +251,27 @@ def check_model(emulator: str) -> None:
     want = step(refused, **call)
     importlib.import_module(emulator).install()
     check_report(optimized(model, dispatcher="all_to_all"), "all_to_all", None)
-    compile = {"backend": "aot_eager"}
-    for options in ({}, {"dispatcher": "deepep"}, {"dispatcher": "deepep", "compile": compile}):
+    compile, bound = {"backend": "aot_eager"}, {"max_tokens_per_rank": 16}
+    for options in (
+        {},
+        {"dispatcher": "deepep"},
+        {"dispatcher": "deepep", "compile": compile},
+        bound,
+        {"compile": compile} | bound,
+    ):
         mine = optimized(model, **options)
         check_report(mine, "deepep", None)
         check_step(mine, want, call)
         mine.gradient_checkpointing_enable()
         check_step(mine, want, call)
+    check_bound(mine)
     destroy_buffers()
+
+
+def check_bound(model: Any) -> None:
+    """Of more tokens than were promised, no rank sends any."""
+    with pytest.raises(ValueError, match=r"got 17 tokens .*max_tokens_per_rank"):
+        model(**inputs(batch=1, length=17))
 
 
 def check_report(model: Any, name: str, reason: str | None) -> None:

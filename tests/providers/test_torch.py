@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_compile.ops import CanonicalOp, attention, experts, gated_mlp, rms_norm, rotary
 from moe_compile.providers.provider import Call
@@ -178,6 +179,39 @@ def test_experts_take_int32_ids_and_float32_weights() -> None:
     got = PROVIDER.implementation(experts)(*args)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, experts(*args))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for a device: values on the host, and sizes that depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        assert not waits, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weigh_input", [False, True])
+def test_tokens_without_a_pick_may_be_anything(weigh_input: bool, bias: bool) -> None:
+    """NaN in them and in their gradients reaches nothing else; and nothing waits to tell them."""
+    ids = torch.randint(-1, 4, (9, 2))
+    ids[6:] = -1
+    x, weights, up, down, *biases = expert_leaves(9, bias=bias)
+    found: list[list[Tensor]] = []
+    for garbage in (0.0, float("nan")):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, weights, up, down, *biases)]
+        inputs[0].data[6:] = garbage
+        grad = torch.ones(9, 24)
+        grad[6:] = garbage
+        with NoWaiting():
+            out = PROVIDER.implementation(experts)(
+                inputs[0], ids, *inputs[1:4], swiglu, *inputs[4:], weigh_input=weigh_input
+            )
+            grads = torch.autograd.grad(out, inputs, grad)
+        found.append([out[:6], grads[0][:6], grads[1][:6], *grads[2:]])
+    for clean, value in zip(*found, strict=True):
+        assert torch.equal(clean, value)
+        assert bool(value.isfinite().all())
 
 
 def test_experts_gradcheck() -> None:

@@ -67,28 +67,36 @@ def _seen(model: nn.Module, groups: list[Group], read: list[set[str]]) -> set[in
 
 
 def _expert_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a stack of matrices, or with a row of alike MLPs beside a router."""
+    """Modules with a stack of matrices, or with a row of alike MLPs, and with a router nearby."""
+    layers = units(model)
     for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if _has_stack(module) or (_is_row(module) and _routes(parent, module)):
+        counts = [*_stacks(module), *_row(module)]
+        near = _within(name, layers) or name.rpartition(".")[0]
+        if any(_routes(model.get_submodule(near), module, count) for count in counts):
             yield name, module
 
 
-def _has_stack(module: nn.Module) -> bool:
-    own = module.parameters(recurse=False)
-    return not isinstance(module, _ConvNd) and any(p.dim() == 3 and p.shape[0] > 1 for p in own)
+def _stacks(module: nn.Module) -> list[int]:
+    """How many matrices each of its stacks has."""
+    own = [] if isinstance(module, _ConvNd) else module.parameters(recurse=False)
+    return [p.shape[0] for p in own if p.dim() == 3 and p.shape[0] > 1]
 
 
-def _is_row(module: nn.Module) -> bool:
-    """Several modules of one structure, each with two matrices or more."""
+def _row(module: nn.Module) -> list[int]:
+    """How many modules of one structure it holds, each with two matrices or more."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
-        return False
+        return []
     matrices = sum(p.dim() == 2 for p in next(module.children()).parameters())
-    return matrices >= 2 and len({structure(child) for child in module.children()}) == 1
+    alike = len({structure(child) for child in module.children()}) == 1
+    return [len(module)] if matrices >= 2 and alike else []
 
 
-def _routes(parent: nn.Module, row: nn.Module) -> bool:
-    """Whether a module beside a row gives one score to each of its members."""
-    beside = [child for child in parent.children() if child is not row]
-    scores = [p for child in beside for p in child.parameters() if p.dim() == 2]
-    return any(len(list(row.children())) in p.shape for p in scores)
+def _routes(near: nn.Module, holder: nn.Module, count: int) -> bool:
+    """Whether some matrix of a layer, no member of a row, can score each of so many.
+
+    None does beside a stack of tables, such as those of an image's rows and columns.
+    """
+    is_row = isinstance(holder, (nn.ModuleList, nn.ModuleDict))
+    inner = {id(p) for p in holder.parameters()} if is_row else set[int]()
+    scores = [p for p in near.parameters() if p.dim() == 2 and id(p) not in inner]
+    return any(count in p.shape for p in scores)

@@ -65,8 +65,28 @@ class Mask:
         return torch.zeros_like(chance).scatter(-1, chosen, kept.float()).to(value(self.node).dtype)
 
 
+def note_masks(sources: list[fx.Node], arguments: list[fx.Node]) -> None:
+    """Notes on a module's arguments in a graph of its own what the code that calls it shows."""
+    for source, argument in zip(sources, arguments, strict=True):
+        result = value(source)
+        is_kind = result.dim() in (2, 3) and not result.is_floating_point()
+        if is_kind and isinstance(result.shape[-1], int) and _is_binary(source):
+            argument.meta["ones"] = _most_in_row(source)
+
+
+def example_mask(sizes: list[int], ones: int) -> Tensor:
+    """A mask with at most so many ones in a row, and none in the first one."""
+    rows = torch.Size(sizes[:-1]).numel()
+    numbers = (torch.arange(rows)[:, None] + torch.arange(ones)) % sizes[-1]
+    mask = torch.zeros(rows, sizes[-1], dtype=torch.int64).scatter(1, numbers, 1)
+    mask[0] = 0
+    return mask.view(sizes)
+
+
 def _is_binary(node: fx.Node) -> bool:
     """Whether the graph shows that it is zeros and ones."""
+    if "ones" in node.meta:
+        return True
     if value(node).dtype == torch.bool or node.target is aten.one_hot.default:
         return True
     if node.target is aten.scatter.value:
@@ -80,6 +100,8 @@ def _is_binary(node: fx.Node) -> bool:
 def _most_in_row(node: fx.Node) -> int:
     """The most numbers of a row that are not zero, as far as the graph shows."""
     width: int = value(node).shape[-1]
+    if "ones" in node.meta:
+        return node.meta["ones"]
     if _is_one_hot(node):
         return 1
     if node.target in (aten.scatter.value, aten.scatter.src) and _is_zeros(node.args[0]):

@@ -11,14 +11,15 @@ import itertools
 from collections.abc import Hashable
 from dataclasses import replace
 
-from torch import nn
+from torch import fx, nn
 
-from moe_compile.capture.boundary import exit
+from moe_compile.capture.boundary import enter, exit
 from moe_compile.capture.forms import observe
 from moe_compile.capture.group import Group
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
+from moe_compile.rewrite.dispatch_mask import note_masks
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 
@@ -41,12 +42,11 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
             if key in seen:
                 continue
             seen.add(key)
-            observed = not _drops(first, owners[path])
             if not is_first:
-                found.append(_capture(shadow, group, first, path, own, mode, observed))
+                found.append(_capture(shadow, group, first, owners[path], path, own, mode))
             for twin in _twins(unit, path, first):
                 with contextlib.suppress(Exception):  # it need not be called so
-                    captured = _capture(shadow, group, first, twin, own, mode, observed)
+                    captured = _capture(shadow, group, first, owners[path], twin, own, mode)
                     found.append(replace(captured, ep=None))
     return found
 
@@ -64,14 +64,25 @@ def _capture(
     shadow: Shadow,
     group: Group,
     first: UnitGraph,
+    owner: int,
     path: str,
     call: Call,
     mode: Mode,
-    observed: bool,
 ) -> UnitGraph:
+    """A module of the unit alone, called as an owner is: its call has the number `owner`."""
     module = shadow.model.get_submodule(first.name).get_submodule(path)
+    observed = not _drops(first, owner)
     capture = trace(shadow, module, call, mode, group.matters, observed=observed)
+    given, taken = _arguments(first.graph, owner), _arguments(capture.graph, 0)
+    if len(given) == len(taken):
+        note_masks(given, taken)
     return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
+
+
+def _arguments(graph: fx.Graph, call: int) -> list[fx.Node]:
+    """The tensors that a call gets."""
+    begins = next(n for n in graph.nodes if n.target is enter and n.args[0] == call)
+    return list(begins.all_input_nodes)
 
 
 def _drops(unit: UnitGraph, call: int) -> bool:

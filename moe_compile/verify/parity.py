@@ -23,6 +23,7 @@ from moe_compile.capture.untouched import Untouched, UntouchedStore
 from moe_compile.install.cut import cut
 from moe_compile.install.emit import emit
 from moe_compile.install.forward import Variant
+from moe_compile.rewrite.dispatch_mask import example_mask
 from moe_compile.rewrite.normal_form import is_random
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -240,17 +241,21 @@ def _example_call(
     call = graph.calls[0]
     begins = next(n for n in graph.captured.nodes if n.target is enter and n.args[0] == 0)
     leaves = list(call.inputs)
-    fakes = [node.meta["val"] for node in begins.args[1:]]  # type: ignore[union-attr]
-    for position, fake, sizes in zip(call.tensor_inputs, fakes, example_sizes(fakes), strict=True):
-        leaves[position] = _example(fake, sizes, device, seed)
+    nodes: list[Any] = list(begins.args[1:])
+    fakes = [node.meta["val"] for node in nodes]
+    for position, node, sizes in zip(call.tensor_inputs, nodes, example_sizes(fakes), strict=True):
+        leaves[position] = _example(node, sizes, device, seed)
     args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
     flags = {n for n, v in kwargs.items() if isinstance(v, Untouched)}
     flags -= {n for n, v in kwargs.items() if isinstance(v, UntouchedStore)}
     return args, {n: v for n, v in kwargs.items() if n not in flags}
 
 
-def _example(fake: Tensor, sizes: list[int], device: torch.device, seed: int) -> Tensor:
-    """Random numbers; a causal mask for booleans; positions for integers."""
+def _example(node: fx.Node, sizes: list[int], device: torch.device, seed: int) -> Tensor:
+    """Random numbers; a causal mask for booleans; positions for integers; or a mask of picks."""
+    fake: Tensor = node.meta["val"]
+    if "ones" in node.meta:
+        return example_mask(sizes, node.meta["ones"]).to(device, fake.dtype)
     generator = _seeded(100 * seed + len(sizes))
     if fake.is_floating_point():
         return torch.randn(sizes, generator=generator).to(device, fake.dtype)

@@ -209,10 +209,23 @@ def test_what_keeps_tensors_in_a_store_is_refused() -> None:
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.router = nn.Linear(8, 4)
         self.up = nn.Parameter(torch.rand(4, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.up.sum(0)
+
+
+class Tables(nn.Module):
+    """Places in an image, by row and by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.places = nn.Parameter(torch.rand(2, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x) + self.places.sum(0)[: x.shape[1]]
 
 
 class Row(nn.Module):
@@ -252,6 +265,6 @@ def test_experts_that_are_reached_are_not() -> None:
     assert explain(Model(Experts())).sites == ()
 
 
-@pytest.mark.parametrize("beside", [nn.Conv1d(8, 8, 3), nn.ModuleList([Norm(), Norm()])])
+@pytest.mark.parametrize("beside", [nn.Conv1d(8, 8, 3), nn.ModuleList([Norm(), Norm()]), Tables()])
 def test_what_is_no_expert_is_not(beside: nn.Module) -> None:
     assert {site.kind for site in explain(Model(TwoPaths(beside))).sites} == {"rms_norm"}

@@ -146,6 +146,55 @@ def test_values_and_gradients_stay(block: Block) -> None:
     check_close(found, wanted)
 
 
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, EXPERTS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.gate(x).softmax(-1).max(-1, keepdim=True)
+        return within(F.one_hot(ids, EXPERTS)), weights
+
+
+class Masked(nn.Module):
+    """Gets a mask [tokens, 1, experts]: that it is one shows where it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(w) for w in weights().values())
+
+    def forward(self, x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, pick = torch.where(mask[..., e])
+            rows = expert(x[token], self.up, self.down, e) * weights[token, pick, None]
+            out = out.index_add(0, token, rows.to(x.dtype))
+        return out
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = Router(), Masked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts(x, *self.router(x))
+
+
+def test_a_module_that_gets_a_mask_is_rewritten_in_every_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Sequential(Split()), normal(11, 8)
+    original = copy.deepcopy(model)
+    expected = original(x), original.eval()(x)
+    moe_compile.optimize(model, example_inputs=(x,))
+    monkeypatch.setattr(Masked, "forward", None)
+    torch.testing.assert_close(model(x), expected[0])
+    torch.testing.assert_close(model.eval()(x), expected[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.train()(x).isfinite().all()
+
+
 def passed_on(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """What is dropped comes back as it was, as in the first code of Switch transformers."""
     weights, ids = scores.softmax(-1).max(-1)

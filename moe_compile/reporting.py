@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from moe_compile.capture.group import Group
+from moe_compile.capture.group import Group, path_of
 from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
 from moe_compile.ops import attention, dispatch, experts
@@ -80,14 +80,14 @@ def _beside_experts(groups: list[Group], units: list[list[UnitGraph]]) -> set[st
         for name in group.names
     }
     for name, parts in ((name, group.parts) for group in groups for name in group.names):
-        names = {f"{name}.{part}" for part in parts}
+        names = {path_of(name, part) for part in parts}
         found |= names if names & known else set()
     return found
 
 
 def _attention_is_lost(group: Group, groups: list[Group], units: list[list[UnitGraph]]) -> bool:
     """Whether what an innermost uncaptured unit does itself is in no report of its parts."""
-    parts = {f"{group.names[0]}.{part}" for part in group.parts}
+    parts = {path_of(group.names[0], part) for part in group.parts}
     below = [i for i, other in enumerate(groups) if parts & set(other.names)]
     nodes = [n for i in below for unit in units[i][:1] for n in unit.graph.nodes]
     uncaptured = any(groups[i].problem is not None for i in below)

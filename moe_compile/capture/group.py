@@ -64,8 +64,13 @@ def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
             alike.append(home)
             groups.append(home)
         home.names.append(name)
-        todo += [(f"{name}.{n}", c, True) for n, c in reversed(home.parts.items())]
+        todo += [(path_of(name, n), c, True) for n, c in reversed(home.parts.items())]
     return groups
+
+
+def path_of(name: str, part: str) -> str:
+    """The name in the model of a part of a unit; the model itself has the name ""."""
+    return f"{name}.{part}" if name else part
 
 
 def _capture(shadow: Shadow, unit: nn.Module, call: Call) -> Group:

@@ -151,9 +151,10 @@ def _analyze(
         probed = probe(shadow, example_inputs)
     with work.timed("trace"):
         work.groups = group(shadow, probed.calls)
-        work.missed = unreached(model, probed, work.groups)
     for found in work.groups:
         work.units.append(_rewrite(shadow, found, pipeline, config, work))
+    read = [set[str]().union(*map(UnitGraph.parameters, _told(units))) for units in work.units]
+    work.missed = unreached(model, probed, work.groups, read)
     with work.timed("verify"):
         for found, units in zip(work.groups, work.units, strict=True):
             work.installations += prepare(model, found, units, config.verify, work.device)
@@ -177,6 +178,11 @@ def _rewrite(
         for unit in others:
             run_passes(pipeline, unit, check=check)
     return [first, *others]
+
+
+def _told(units: list[UnitGraph]) -> list[UnitGraph]:
+    """Those of a group that the report tells of: the first, and what was rewritten in others."""
+    return [unit for i, unit in enumerate(units) if i == 0 or unit.owners()]
 
 
 def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> None:

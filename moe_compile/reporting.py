@@ -19,9 +19,13 @@ from moe_compile.rewrite.anchors import (
     selects_positions,
 )
 from moe_compile.rewrite.matcher import NearMiss, source_of
+from moe_compile.rewrite.normal_form import aten
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 _NEW_PATTERN = "write a pattern (docs/new_architecture.md)"
+
+_GATES = {aten.mul.Tensor, aten.add.Tensor}
+"""What weights are put together by, of which a mask is then where they are not zero."""
 
 
 def summarize(
@@ -102,7 +106,7 @@ def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]
     routers = _routers(unit)
     sites: dict[str, Site] = {}
     for node in unit.graph.nodes:
-        if not is_selection(node) or selects_positions(node):
+        if not _is_own_selection(node) or selects_positions(node):
             continue
         path = unit.innermost(node)
         name = _full_name(group, path)
@@ -172,11 +176,16 @@ def _routers(unit: UnitGraph) -> set[str]:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if is_selection(node):
+        if _is_own_selection(node):
             found.add(unit.owner(node))
-        elif not _is_floating(node):
+        elif not _is_floating(node) or node.target in _GATES:
             todo += node.all_input_nodes
     return found
+
+
+def _is_own_selection(node: fx.Node) -> bool:
+    """Whether the model's own code selects: a rewrite may take ids out of a mask."""
+    return is_selection(node) and "made_by" not in node.meta
 
 
 def _is_floating(node: fx.Node) -> bool:

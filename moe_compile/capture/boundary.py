@@ -54,6 +54,8 @@ class ModuleCall:
         inputs: leaves of (args, kwargs), tensors replaced by None.
         tensor_inputs: positions of the tensors among the leaves.
         conditions: what the call's Python code asked of a symbolic size, with the answer.
+        assumes: whether its code, so far, got an answer that depends on the routing.
+        optional: whether it was made after such an answer: other data may not lead to it.
     """
 
     path: str | None
@@ -66,6 +68,8 @@ class ModuleCall:
     output_spec: pytree.TreeSpec | None = None
     tensor_outputs: list[int] = field(default_factory=list[int])
     conditions: list[tuple[Any, bool]] = field(default_factory=list[tuple[Any, bool]])
+    assumes: bool = False
+    optional: bool = False
 
 
 class CallLog:
@@ -110,9 +114,11 @@ class CallLog:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         where = _tensor_positions(leaves)
         parent = self.open[-1] if self.open else None
+        optional = any(self.calls[outer].assumes for outer in self.open)
         self.open.append(len(self.calls))
         marked = _marked(leaves, where, self.open[-1], begins=True)
-        self.calls.append(ModuleCall(path, parent, label, _plain(leaves), spec, where))
+        call = ModuleCall(path, parent, label, _plain(leaves), spec, where, optional=optional)
+        self.calls.append(call)
         return pytree.tree_unflatten(marked, spec)
 
     def _end(self, output: Any) -> Any:
@@ -123,6 +129,11 @@ class CallLog:
         call.tensor_outputs = _tensor_positions(leaves)
         marked = _marked(leaves, call.tensor_outputs, index, begins=False)
         return pytree.tree_unflatten(marked, spec)
+
+    def assume(self) -> None:
+        """Notes that the code of the innermost open call got an answer that depends on data."""
+        if self.open:
+            self.calls[self.open[-1]].assumes = True
 
     def _functions(self) -> Any:
         """Marks custom autograd functions: tracing drops their backward, so nothing may cut in."""
@@ -143,7 +154,11 @@ class CallLog:
         def ask(condition: Any) -> bool:
             answer: bool = original(condition)
             expr = condition.node.expr
-            if log.open and not _asked_by_torch() and not free_unbacked_symbols(expr):
+            if _asked_by_torch():
+                return answer
+            if free_unbacked_symbols(expr):
+                log.assume()
+            elif log.open:
                 log.calls[log.open[-1]].conditions.append((expr, answer))
             return answer
 

@@ -6,7 +6,7 @@ no rows is a selection too; that it computes what the code does is proven and ve
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import sympy
@@ -28,6 +28,9 @@ _SEVERAL = (3, 1 << 40)
 
 _NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
 _COUNTS = {torch.bincount, Tensor.bincount}
+_ASKS = {Tensor.__bool__, Tensor.item}
+"""What an `if` calls: the second, where tensors are being made functional."""
+
 _TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
 _FALSE_IF_HIT = {"eq", "__eq__", "equal", "lt", "__lt__", "less", "le", "__le__", "logical_not"}
 
@@ -96,17 +99,22 @@ class Hits:
 
 
 @contextlib.contextmanager
-def traceable(*modules: nn.Module) -> Generator[None]:
-    """In it, expert blocks of every kind, of these modules, run on fake tensors."""
-    with free_conversions(), symbolic_ints(modules), AnyDtypeGroupedMM(), EveryExpertHit():
+def traceable(*modules: nn.Module, assumed: Callable[[], None] = lambda: None) -> Generator[None]:
+    """In it, expert blocks of every kind, of these modules, run on fake tensors.
+
+    `assumed` is called whenever their code got an answer that another routing may not give.
+    """
+    hit = EveryExpertHit(assumed)
+    with free_conversions(), symbolic_ints(modules), AnyDtypeGroupedMM(), hit:
         yield
 
 
 class EveryExpertHit(TorchFunctionMode):
     """Answers what code asks of a routing as if every expert had got some rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, assumed: Callable[[], None]) -> None:
         super().__init__()
+        self.assumed = assumed
         self.answers: dict[int, tuple[Tensor, bool]] = {}
 
     def __torch_function__(
@@ -117,7 +125,8 @@ class EveryExpertHit(TorchFunctionMode):
             return _hits(args[0], kwargs.get("as_tuple", False))
         if func is torch.where and len(args) == 1 and _is_over_experts(args[0]):
             return _hits(args[0], as_tuple=True)
-        if func is Tensor.__bool__ and id(args[0]) in self.answers:
+        if func in _ASKS and id(args[0]) in self.answers:
+            self.assumed()
             return self.answers[id(args[0])][1]
         if func in _COUNTS:
             return _counts(*args, **kwargs)

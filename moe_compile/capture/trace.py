@@ -124,7 +124,8 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
         for i, tensor in zip(where, inputs, strict=True):
             filled[i] = tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        with log.recording(), traceable(unit), autocast(mode, shadow.device), recorded_lines():
+        able = traceable(unit, assumed=log.assume)
+        with log.recording(), able, autocast(mode, shadow.device), recorded_lines():
             values = dict(zip(names, state, strict=True))
             return torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
 

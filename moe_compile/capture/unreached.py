@@ -20,17 +20,22 @@ class Missed:
     reason: str
 
 
-def unreached(model: nn.Module, probe: Probe, groups: list[Group]) -> list[Missed]:
+def unreached(
+    model: nn.Module, probe: Probe, groups: list[Group], read: list[set[str]]
+) -> list[Missed]:
     """What the report would miss.
 
     The first unit that a failed probe did not get to stands for all of them.
+
+    Args:
+        read: the parameters that captured code of each group reads, by name inside its units.
     """
     missed = [name for name in units(model) if name not in probe.calls]
     found: dict[Hashable, Missed] = {}
     if probe.problem is not None and missed:
         reason = f"the model's own code fails before it gets here: {probe.problem}"
         found[None] = Missed(missed[0], len(missed), f"{reason}; pass example_inputs")
-    seen = _seen(model, groups)
+    seen = _seen(model, groups, read)
     refused = [name for g in groups if g.capture is None and not g.parts for name in g.names]
     covered = [*refused, *(missed if found else [])]
     unexplained = f"{probe.inputs} does not reach it; pass example_inputs that do"
@@ -51,15 +56,13 @@ def _within(name: str, modules: Iterable[str]) -> str:
     return max(holding, key=len, default="")
 
 
-def _seen(model: nn.Module, groups: list[Group]) -> set[int]:
+def _seen(model: nn.Module, groups: list[Group], read: list[set[str]]) -> set[int]:
     """The parameters that captured code reads, as ids."""
     found: set[int] = set()
-    for group in groups:
-        nodes = [] if group.capture is None else group.capture.graph.nodes
-        read = {str(node.target) for node in nodes if node.op == "get_attr" and node.users}
+    for group, names in zip(groups, read, strict=True):
         for unit in map(model.get_submodule, group.names):
             named = unit.named_parameters(remove_duplicate=False)
-            found |= {id(parameter) for name, parameter in named if name in read}
+            found |= {id(parameter) for name, parameter in named if name in names}
     return found
 
 

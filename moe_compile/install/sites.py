@@ -125,6 +125,8 @@ def _variants(
             found.append(variant(piece, unit.mode_of(call), unit.reads, owners[0]))
             if found[-1].collective and piece.conditions is not None:
                 raise Refuse("its code asks for sizes, so ranks could take different paths")
+            if found[-1].collective and unit.calls[call].optional:
+                raise Refuse("whether it is called depends on data, so ranks could differ")
             try:
                 verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
             except OwnCodeFails as failure:

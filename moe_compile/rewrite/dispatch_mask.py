@@ -34,9 +34,11 @@ class Mask:
 
     @classmethod
     def of(cls, node: fx.Node, experts: int) -> "Mask | None":
-        """The node as a mask; None where it is none."""
+        """The node as a mask; None where it is none, or only spells ids."""
         shape: list[Any] = list(value(node).shape)
         if len(shape) not in (2, 3) or shape[-1] != experts or not _is_binary(node):
+            return None
+        if _is_one_hot(node):
             return None
         mask = cls(node, _most_in_row(node))
         return mask if len(shape) == 2 or mask.ones == 1 else None
@@ -58,7 +60,7 @@ class Mask:
         chance = torch.rand(tokens, *value(self.node).shape[1:], generator=generator)
         chosen = chance.topk(self.ones).indices
         if chosen.dim() == 3:
-            chosen[0] = chosen[0, 0]
+            chosen[0] = chosen[0, 0].clone()
         kept = torch.rand(chosen.shape, generator=generator) > 0.3
         return torch.zeros_like(chance).scatter(-1, chosen, kept.float()).to(value(self.node).dtype)
 
@@ -78,7 +80,7 @@ def _is_binary(node: fx.Node) -> bool:
 def _most_in_row(node: fx.Node) -> int:
     """The most numbers of a row that are not zero, as far as the graph shows."""
     width: int = value(node).shape[-1]
-    if node.target is aten.one_hot.default or _compares_with_range(node):
+    if _is_one_hot(node):
         return 1
     if node.target in (aten.scatter.value, aten.scatter.src) and _is_zeros(node.args[0]):
         return min(width, value(node.args[2]).shape[-1])  # type: ignore[arg-type]
@@ -103,9 +105,16 @@ def _summed(node: fx.Node) -> int:
     return torch.Size(sizes).numel() if static else value(node).shape[-1]
 
 
+def _is_one_hot(node: fx.Node) -> bool:
+    """Whether it has a one for each id, in this or another spelling."""
+    if node.target in _VIEWS:
+        return _is_one_hot(node.args[0])  # type: ignore[arg-type]
+    return node.target is aten.one_hot.default or _compares_with_range(node)
+
+
 def _compares_with_range(node: fx.Node) -> bool:
     """Whether it is `ids[..., None] == arange(experts)`."""
-    if node.target is not aten.eq.Tensor:
+    if node.target is not aten.eq.Tensor or len(node.all_input_nodes) < 2:
         return False
     ids, numbers = sorted(node.all_input_nodes, key=lambda n: value(n).dim(), reverse=True)
     return numbers.target is aten.arange.default and value(ids).shape[-1] == 1

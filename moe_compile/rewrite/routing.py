@@ -172,10 +172,9 @@ class _Slice:
         return failure
 
     def _cuts(self) -> Iterator[Cut]:
-        """Every cut, those above ids before those above a mask."""
+        """Every cut, those below the nearest ids or masks first."""
         floats = self._candidates(torch.float32)
-        picked = [(ids, None) for ids in self._candidates(torch.int64)]
-        for ids, mask in [*picked, *((mask.node, mask) for mask in self._masks())]:
+        for ids, mask in self._picks():
             closed = {free: self._closed([self.tokens, ids, free]) for free in floats}
             closing = [free for free in floats if closed[free] is not None]
             # What closes a cut by itself is the likeliest to be the weights.
@@ -213,11 +212,12 @@ class _Slice:
         """Values of each token and pick that no expert computed, the nearest to the root first."""
         return [n for n in reversed(self.nodes) if self._is_per_pick(n, dtype)]
 
-    def _masks(self) -> list[Mask]:
-        """Values that say which expert takes a token, the nearest to the root first."""
-        nodes = [n for n in reversed(self.nodes) if self._is_of_each_token(n)]
-        masks = (Mask.of(node, self.bodies.count) for node in nodes)
-        return [mask for mask in masks if mask is not None]
+    def _picks(self) -> list[tuple[fx.Node, Mask | None]]:
+        """What may be ids, or a mask that they follow from, the nearest to the root first."""
+        masks = {n: Mask.of(n, self.bodies.count) for n in self.nodes if self._is_of_each_token(n)}
+        ids = [(node, None) for node in self._candidates(torch.int64)]
+        found = [*ids, *((node, mask) for node, mask in masks.items() if mask is not None)]
+        return sorted(found, key=lambda pick: pick[0], reverse=True)
 
     def _is_of_each_token(self, node: fx.Node) -> bool:
         """Whether it has a row for every token."""

@@ -181,7 +181,7 @@ def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator
         return cut.mask.draw(tokens, generator)
     chance = torch.rand(tokens, choices_of(cut.ids, cut.bodies.count), generator=generator)
     ids = torch.multinomial(chance, per_row(cut.ids), replacement=repeats, generator=generator)
-    ids[0] = ids[0, 0] if repeats else ids[0]
+    ids[0] = ids[0, 0].clone() if repeats else ids[0]
     return ids.reshape(tokens, *value(cut.ids).shape[1:]).to(value(cut.ids).dtype)
 
 

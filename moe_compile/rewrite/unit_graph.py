@@ -98,6 +98,11 @@ class UnitGraph:
         )
         return self.mode if asks else replace(self.mode, training=None)
 
+    def parameters(self) -> set[str]:
+        """The names, inside the unit, of the parameters that the captured code reads."""
+        read = [n for n in self.captured.nodes if n.op == "get_attr" and n.users]
+        return {".".join(filter(None, (self.prefix, str(node.target)))) for node in read}
+
     def ops(self) -> dict[str, int]:
         """How many nodes there are of each canonical op."""
         names = [n.target.name for n in self.graph.nodes if isinstance(n.target, CanonicalOp)]

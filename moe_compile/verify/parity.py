@@ -27,6 +27,7 @@ from moe_compile.rewrite.normal_form import is_random
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
 from moe_compile.verify import meanings as _register_meanings  # noqa: F401  # pyright: ignore
+from moe_compile.verify.example_sizes import example_sizes
 from moe_compile.verify.in_float64 import InFloat64
 from moe_compile.verify.oracle import Disproved, prove
 
@@ -239,18 +240,17 @@ def _example_call(
     call = graph.calls[0]
     begins = next(n for n in graph.captured.nodes if n.target is enter and n.args[0] == 0)
     leaves = list(call.inputs)
-    for position, node in zip(call.tensor_inputs, begins.args[1:], strict=True):
-        leaves[position] = _example(node.meta["val"], device, seed)
+    fakes = [node.meta["val"] for node in begins.args[1:]]  # type: ignore[union-attr]
+    for position, fake, sizes in zip(call.tensor_inputs, fakes, example_sizes(fakes), strict=True):
+        leaves[position] = _example(fake, sizes, device, seed)
     args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
     flags = {n for n, v in kwargs.items() if isinstance(v, Untouched)}
     flags -= {n for n, v in kwargs.items() if isinstance(v, UntouchedStore)}
     return args, {n: v for n, v in kwargs.items() if n not in flags}
 
 
-def _example(fake: Tensor, device: torch.device, seed: int) -> Tensor:
+def _example(fake: Tensor, sizes: list[int], device: torch.device, seed: int) -> Tensor:
     """Random numbers; a causal mask for booleans; positions for integers."""
-    shape: list[Any] = list(fake.shape)
-    sizes = [s if isinstance(s, int) else s.node.hint for s in shape]
     generator = _seeded(100 * seed + len(sizes))
     if fake.is_floating_point():
         return torch.randn(sizes, generator=generator).to(device, fake.dtype)

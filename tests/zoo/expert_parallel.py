@@ -16,6 +16,9 @@ from tests.zoo.inputs import call_of, loss_of
 
 Values = dict[str, Tensor]
 
+_NEGLIGIBLE = 1e-6
+"""Of the largest gradient: what is less is zero but for rounding, as of a bias of keys."""
+
 
 def worst_error(name: str) -> tuple[float, str, bool]:
     """On each rank: the largest relative error of its loss and of every gradient, and of which.
@@ -29,9 +32,12 @@ def worst_error(name: str) -> tuple[float, str, bool]:
     calls = [call_of(entry, seed=rank) for rank in range(dist.get_world_size())]
     found = _step(model, calls[dist.get_rank()])
     wanted = _means([_step(reference, call) for call in calls])
-    missing = found.keys() ^ wanted.keys()
-    assert not missing, f"only one of both has gradients of {sorted(missing)[:4]}"
-    errors = {name: error(value, wanted[name]) for name, value in found.items()}
+    floor = _NEGLIGIBLE * max(value.norm().item() for value in wanted.values())
+    errors = {
+        name: error(value, wanted[name])
+        for name, value in found.items()
+        if wanted[name].norm() > floor or value.norm() > floor
+    }
     worst = max(errors, key=lambda name: errors[name])
     sites = [site for site in moe_compile.report(model).sites if site.kind == "experts"]
     spread = all("all_to_all" in (site.provider or "") for site in sites)
@@ -42,8 +48,13 @@ def _step(model: Any, call: dict[str, Any]) -> Values:
     model.zero_grad()
     loss = loss_of(model(**call))
     loss.backward()
-    gradients = {n: _whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: _whole(_gradient(p)) for n, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach()} | gradients
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Of an expert that no token picked, a model's own loop leaves none; it stands for zeros."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -51,8 +62,6 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _means(every: list[Values]) -> Values:
-    """This rank's loss, and the mean of every gradient; what a rank has none of is zero there."""
-    names = dict.fromkeys(name for values in every for name in values)
-    zeros = {name: torch.zeros_like(v) for values in every for name, v in values.items()}
-    means = {n: torch.stack([v.get(n, zeros[n]) for v in every]).mean(0) for n in names}
+    """This rank's loss, and the mean of every gradient."""
+    means = {name: torch.stack([v[name] for v in every]).mean(0) for name in every[0]}
     return means | {"loss": every[dist.get_rank()]["loss"]}

@@ -2,30 +2,63 @@
 
 The unit itself is captured once, in the model's training call. A mask, evaluation or autocast
 changes few of its modules: only those whose own call differs, or that ask for the mode, are
-captured again.
+captured again; and modules that are alike share a capture, whatever units they are in.
 """
 
 import contextlib
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 
 from moe_compile.capture.boundary import exit
 from moe_compile.capture.forms import observe
-from moe_compile.capture.group import Group
-from moe_compile.capture.probe import Call
+from moe_compile.capture.group import Group, reads_agree
+from moe_compile.capture.probe import Call, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 
-def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitGraph]:
-    """The owners of rewrites, captured in every foreseen call form that differs for them.
+@dataclass
+class Owners:
+    """Every owner that was captured by itself, by what its capture holds for."""
 
-    Evaluation is taken to call them as training does; where it does not, they run their own code.
-    """
+    shadow: Shadow
+    known: dict[Hashable, list[UnitGraph]] = field(default_factory=dict[Hashable, list[UnitGraph]])
+
+    def capture(self, group: Group, first: UnitGraph) -> list[tuple[str, UnitGraph]]:
+        """The owners of a unit's rewrites, in every foreseen call form that differs for them.
+
+        Evaluation is taken to call them as training does; where it does not, they run their own
+        code.
+
+        Returns:
+            an owner's name in the unit, and its capture or that of one that is alike, which may
+            have been through the passes.
+        """
+        return [
+            (path, self._of(group, first, path, call, mode))
+            for path, call, mode in _other_forms(self.shadow, group, first)
+        ]
+
+    def _of(self, group: Group, first: UnitGraph, path: str, call: Call, mode: Mode) -> UnitGraph:
+        module = self.shadow.model.get_submodule(first.name).get_submodule(path)
+        observed = not _drops(first, first.owners()[path])
+        alike = self.known.setdefault((structure(module), call.key(), mode, observed), [])
+        found = next((known for known in alike if reads_agree(known.reads, module)), None)
+        if found is None:
+            capture = trace(self.shadow, module, call, mode, group.matters, observed=observed)
+            found = UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
+            alike.append(found)
+        return found
+
+
+def _other_forms(
+    shadow: Shadow, group: Group, first: UnitGraph
+) -> Iterator[tuple[str, Call, Mode]]:
+    """The owners' calls that the unit's own capture does not hold for, each once."""
     unit, owners = shadow.model.get_submodule(first.name), first.owners()
     seen: set[Hashable] = set()
-    found: list[UnitGraph] = []
     for number, (call, autocast) in enumerate(group.forms if owners else []):
         calls: dict[str, Call] = {}
         with contextlib.suppress(Exception):  # a form in which the unit's own code fails
@@ -35,18 +68,8 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
             mode = Mode(training if asks else None, autocast)
             key, is_first = (path, own.key(), mode), number == 0 and training
             if key not in seen and not is_first:
-                found.append(_capture(shadow, group, first, path, own, mode))
+                yield path, own, mode
             seen.add(key)
-    return found
-
-
-def _capture(
-    shadow: Shadow, group: Group, first: UnitGraph, path: str, call: Call, mode: Mode
-) -> UnitGraph:
-    module = shadow.model.get_submodule(first.name).get_submodule(path)
-    observed = not _drops(first, first.owners()[path])
-    capture = trace(shadow, module, call, mode, group.matters, observed=observed)
-    return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
 
 
 def _drops(unit: UnitGraph, call: int) -> bool:

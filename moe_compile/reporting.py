@@ -1,5 +1,6 @@
 """Gathers the report from what the pipeline left behind."""
 
+import itertools
 from collections import defaultdict
 from dataclasses import replace
 
@@ -52,10 +53,9 @@ def summarize(
     sites += [Site(m.name, m.count, "experts", None, "refused", m.reason) for m in missed]
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
-    captures = sum(map(len, units))
-    return Report(
-        tuple(sites), _passes(units), captures, dict(mesh), dict(seconds), _dispatchers(units)
-    )
+    graphs = {id(unit.graph): unit for unit in itertools.chain(*units)}
+    passes = _passes(list(graphs.values()))
+    return Report(tuple(sites), passes, len(graphs), dict(mesh), dict(seconds), _dispatchers(units))
 
 
 def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
@@ -193,9 +193,9 @@ def _is_floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _passes(units: list[list[UnitGraph]]) -> tuple[PassSummary, ...]:
+def _passes(units: list[UnitGraph]) -> tuple[PassSummary, ...]:
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
-    for record in (r for graphs in units for unit in graphs for r in unit.records):
+    for record in (r for unit in units for r in unit.records):
         total = totals[record.name]
         total[0] += record.changed
         total[1] += record.nodes_before

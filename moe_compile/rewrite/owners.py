@@ -3,33 +3,82 @@
 The unit itself is captured once, in the model's training call. A mask, evaluation or autocast
 changes few of its modules: only those whose own call differs, or that ask for the mode, are
 captured again. A module that the call did not reach, as experts for images in a text, is captured
-as its twins are called: modules of the same class in the same unit that it did reach.
+as its twins are called: modules of the same class in the same unit that it did reach. Modules that
+are alike share a capture, whatever units they are in.
 """
 
 import contextlib
 import itertools
-from collections.abc import Hashable
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from moe_compile.capture.boundary import exit
 from moe_compile.capture.forms import observe
-from moe_compile.capture.group import Group
-from moe_compile.capture.probe import Call
+from moe_compile.capture.group import Group, reads_agree
+from moe_compile.capture.probe import Call, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 
-def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitGraph]:
-    """The owners of rewrites, captured in every foreseen call form that differs for them.
+@dataclass
+class Owners:
+    """Every owner that was captured by itself, by what its capture holds for."""
 
-    Evaluation is taken to call them as training does; where it does not, they run their own code.
-    """
+    shadow: Shadow
+    known: dict[Hashable, list[UnitGraph]] = field(default_factory=dict[Hashable, list[UnitGraph]])
+
+    def capture(self, group: Group, first: UnitGraph) -> list[tuple[str, UnitGraph]]:
+        """The owners of a unit's rewrites, in every foreseen call form that differs for them.
+
+        Evaluation is taken to call them as training does; where it does not, they run their own
+        code.
+
+        Returns:
+            an owner's name in the unit, and its capture or that of one that is alike, which may
+            have been through the passes.
+        """
+        unit = self.shadow.model.get_submodule(first.name)
+        found: list[tuple[str, UnitGraph]] = []
+        for path, call, mode, is_first in _forms(self.shadow, group, first):
+            observed = not _drops(first, first.owners()[path])
+            if not is_first:
+                found.append((path, self._of(first, path, call, mode, group.matters, observed)))
+            alone = replace(first, ep=None)
+            for twin in _twins(unit, path, first):
+                with contextlib.suppress(Exception):  # it need not be called so
+                    own = self._of(alone, twin, call, mode, group.matters, observed)
+                    found.append((twin, own))
+        return found
+
+    def _of(
+        self,
+        first: UnitGraph,
+        path: str,
+        call: Call,
+        mode: Mode,
+        matters: set[str],
+        observed: bool,
+    ) -> UnitGraph:
+        module = self.shadow.model.get_submodule(first.name).get_submodule(path)
+        key = (structure(module), call.key(), mode, observed, first.ep is None)
+        alike = self.known.setdefault(key, [])
+        found = next((known for known in alike if reads_agree(known.reads, module)), None)
+        if found is None:
+            capture = trace(self.shadow, module, call, mode, matters, observed=observed)
+            found = UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
+            alike.append(found)
+        return found
+
+
+def _forms(
+    shadow: Shadow, group: Group, first: UnitGraph
+) -> Iterator[tuple[str, Call, Mode, bool]]:
+    """The owners' calls, each once, and whether the unit's own capture holds for it."""
     unit, owners = shadow.model.get_submodule(first.name), first.owners()
     seen: set[Hashable] = set()
-    found: list[UnitGraph] = []
     for number, (call, autocast) in enumerate(group.forms if owners else []):
         calls: dict[str, Call] = {}
         with contextlib.suppress(Exception):  # a form in which the unit's own code fails
@@ -37,18 +86,10 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
         for training, (path, own) in itertools.product((True, False), calls.items()):
             asks = first.mode_of(owners[path]).training is not None
             mode = Mode(training if asks else None, autocast)
-            key, is_first = (path, own.key(), mode), number == 0 and training
-            if key in seen:
-                continue
+            key = (path, own.key(), mode)
+            if key not in seen:
+                yield path, own, mode, number == 0 and training
             seen.add(key)
-            observed = not _drops(first, owners[path])
-            if not is_first:
-                found.append(_capture(shadow, group, first, path, own, mode, observed))
-            for twin in _twins(unit, path, first):
-                with contextlib.suppress(Exception):  # it need not be called so
-                    captured = _capture(shadow, group, first, twin, own, mode, observed)
-                    found.append(replace(captured, ep=None))
-    return found
 
 
 def _twins(unit: nn.Module, path: str, first: UnitGraph) -> list[str]:
@@ -58,20 +99,6 @@ def _twins(unit: nn.Module, path: str, first: UnitGraph) -> list[str]:
     """
     reached, kind = {call.path for call in first.calls}, type(unit.get_submodule(path))
     return [n for n, m in unit.named_modules() if type(m) is kind and n not in reached]
-
-
-def _capture(
-    shadow: Shadow,
-    group: Group,
-    first: UnitGraph,
-    path: str,
-    call: Call,
-    mode: Mode,
-    observed: bool,
-) -> UnitGraph:
-    module = shadow.model.get_submodule(first.name).get_submodule(path)
-    capture = trace(shadow, module, call, mode, group.matters, observed=observed)
-    return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
 
 
 def _drops(unit: UnitGraph, call: int) -> bool:

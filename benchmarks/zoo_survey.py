@@ -18,18 +18,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import moe_compile
 from moe_compile.report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.pairs import error  # noqa: E402
 from tests.zoo.entries import Entry, build, entries, entry_of  # noqa: E402
-from tests.zoo.inputs import call_of, loss_of  # noqa: E402
+from tests.zoo.inputs import call_of  # noqa: E402
+from tests.zoo.steps import step, worst_of  # noqa: E402
 
 Row = dict[str, Any]
 REASON = 160
@@ -72,8 +69,8 @@ def line(row: Row) -> str:
     counts = ", ".join(f"{n} {what}" for what, n in sorted(row.get("counts", {}).items()))
     parts = [f"{row['entry']:24} {row.get('seconds', 0):6.1f} s  {counts}"]
     if "parity" in row:
-        loss, worst, name = row["parity"]
-        parts.append(f"parity: loss {loss:.1e}, gradients {worst:.1e} ({name})")
+        worst, name = row["parity"]
+        parts.append(f"parity: {worst:.1e} ({name})")
     parts += [f"refused: {reason[:REASON]}" for reason in row.get("reasons", [])]
     parts += [f"FAILED in {' '.join(row['failed'].split())[:300]}"] if "failed" in row else []
     return "\n    ".join(parts)
@@ -91,25 +88,10 @@ def _explained(report: Report) -> Row:
     }
 
 
-def _parity(entry: Entry, model: Any) -> tuple[float, float, str]:
-    """The error of the loss, and the largest one of a gradient, with its name."""
+def _parity(entry: Entry, model: Any) -> tuple[float, str]:
+    """The largest error of the loss and the gradients of one step, with its name."""
     original, call = copy.deepcopy(model), call_of(entry)
-    optimized = moe_compile.optimize(model)
-    (loss, found), (expected, wanted) = (_step(m, call) for m in (optimized, original))
-    errors = {name: error(gradient, wanted[name]) for name, gradient in found.items()}
-    worst = max(errors, key=lambda name: errors[name])
-    return error(loss, expected), errors[worst], worst
-
-
-def _step(model: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = loss_of(model(**call))
-    loss.backward()
-    return loss.detach(), {n: _gradient(p) for n, p in model.named_parameters() if p.requires_grad}
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Of an expert that no token picked, a model's own loop leaves none; it stands for zeros."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return worst_of(step(moe_compile.optimize(model), call), step(original, call))
 
 
 def _in_a_process(name: str, parity: bool, timeout: float) -> Row:

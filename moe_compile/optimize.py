@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_compile.adapters.checkpoints import settle_dtypes
 from moe_compile.capture.group import Group, group
 from moe_compile.capture.probe import probe
-from moe_compile.capture.shadow import Shadow, cast_shadow
+from moe_compile.capture.shadow import cast_shadow
 from moe_compile.capture.unreached import Missed, unreached
 from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
@@ -28,7 +28,7 @@ from moe_compile.parallel.shard import layer_names, shard
 from moe_compile.passes import PIPELINE
 from moe_compile.report import Report
 from moe_compile.reporting import summarize
-from moe_compile.rewrite.owners import capture_owners
+from moe_compile.rewrite.owners import Owners
 from moe_compile.rewrite.pipeline import Pipeline, verify_facts
 from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph
 
@@ -149,10 +149,11 @@ def _analyze(
         shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
         work.device = shadow.device
         probed = probe(shadow, example_inputs)
+    owners = Owners(shadow)
     with work.timed("trace"):
         work.groups = group(shadow, probed.calls)
     for found in work.groups:
-        work.units.append(_rewrite(shadow, found, pipeline, config, work))
+        work.units.append(_rewrite(owners, found, pipeline, config, work))
     read = [set[str]().union(*map(UnitGraph.parameters, _told(units))) for units in work.units]
     work.missed = unreached(model, probed, work.groups, read)
     with work.timed("verify"):
@@ -162,7 +163,7 @@ def _analyze(
 
 
 def _rewrite(
-    shadow: Shadow, found: Group, pipeline: Pipeline, config: OptimizeConfig, work: Work
+    owners: Owners, found: Group, pipeline: Pipeline, config: OptimizeConfig, work: Work
 ) -> list[UnitGraph]:
     """The group's graphs after the passes: the unit first, then its owners in other call forms."""
     if found.capture is None:
@@ -173,11 +174,12 @@ def _rewrite(
     with work.timed("passes"):
         run_passes(pipeline, first, check=check)
     with work.timed("trace"):
-        others = capture_owners(shadow, found, first)
+        others = owners.capture(found, first)
     with work.timed("passes"):
-        for unit in others:
-            run_passes(pipeline, unit, check=check)
-    return [first, *others]
+        for _, unit in others:
+            if not unit.records:
+                run_passes(pipeline, unit, check=check)
+    return [first, *(unit.at(first.name, path) for path, unit in others)]
 
 
 def _told(units: list[UnitGraph]) -> list[UnitGraph]:

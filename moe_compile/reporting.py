@@ -1,12 +1,13 @@
 """Gathers the report from what the pipeline left behind."""
 
+import itertools
 from collections import defaultdict
 from dataclasses import replace
 
 import torch
 from torch import fx
 
-from moe_compile.capture.group import Group
+from moe_compile.capture.group import Group, path_of
 from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
 from moe_compile.ops import attention, dispatch, experts
@@ -52,10 +53,9 @@ def summarize(
     sites += [Site(m.name, m.count, "experts", None, "refused", m.reason) for m in missed]
     order = {name: i for i, name in enumerate(n for g in groups for n in g.names)}
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
-    captures = sum(map(len, units))
-    return Report(
-        tuple(sites), _passes(units), captures, dict(mesh), dict(seconds), _dispatchers(units)
-    )
+    graphs = {id(unit.graph): unit for unit in itertools.chain(*units)}
+    passes = _passes(list(graphs.values()))
+    return Report(tuple(sites), passes, len(graphs), dict(mesh), dict(seconds), _dispatchers(units))
 
 
 def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
@@ -84,14 +84,14 @@ def _beside_experts(groups: list[Group], units: list[list[UnitGraph]]) -> set[st
         for name in group.names
     }
     for name, parts in ((name, group.parts) for group in groups for name in group.names):
-        names = {f"{name}.{part}" for part in parts}
+        names = {path_of(name, part) for part in parts}
         found |= names if names & known else set()
     return found
 
 
 def _attention_is_lost(group: Group, groups: list[Group], units: list[list[UnitGraph]]) -> bool:
     """Whether what an innermost uncaptured unit does itself is in no report of its parts."""
-    parts = {f"{group.names[0]}.{part}" for part in group.parts}
+    parts = {path_of(group.names[0], part) for part in group.parts}
     below = [i for i, other in enumerate(groups) if parts & set(other.names)]
     nodes = [n for i in below for unit in units[i][:1] for n in unit.graph.nodes]
     uncaptured = any(groups[i].problem is not None for i in below)
@@ -193,9 +193,9 @@ def _is_floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _passes(units: list[list[UnitGraph]]) -> tuple[PassSummary, ...]:
+def _passes(units: list[UnitGraph]) -> tuple[PassSummary, ...]:
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
-    for record in (r for graphs in units for unit in graphs for r in unit.records):
+    for record in (r for unit in units for r in unit.records):
         total = totals[record.name]
         total[0] += record.changed
         total[1] += record.nodes_before

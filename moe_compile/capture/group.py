@@ -44,6 +44,10 @@ class Group:
     is_part: bool = False
     holds_experts: bool = True
 
+    def serves(self, unit: nn.Module) -> bool:
+        """Whether a unit of the same structure and call may share the capture."""
+        return self.capture is None or reads_agree(self.capture.reads, unit)
+
 
 def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
     """Captures each kind of unit once, in the order in which the model calls them.
@@ -57,15 +61,20 @@ def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
         name, call, is_part = todo.pop()
         unit = shadow.model.get_submodule(name)
         alike = found.setdefault((structure(unit), call.key(), is_part), [])
-        home = next((g for g in alike if _reads_agree(g, unit)), None)
+        home = next((g for g in alike if g.serves(unit)), None)
         if home is None:
             home = _capture(shadow, unit, call)
             home.is_part = is_part
             alike.append(home)
             groups.append(home)
         home.names.append(name)
-        todo += [(f"{name}.{n}", c, True) for n, c in reversed(home.parts.items())]
+        todo += [(path_of(name, n), c, True) for n, c in reversed(home.parts.items())]
     return groups
+
+
+def path_of(name: str, part: str) -> str:
+    """The name in the model of a part of a unit; the model itself has the name ""."""
+    return f"{name}.{part}" if name else part
 
 
 def _capture(shadow: Shadow, unit: nn.Module, call: Call) -> Group:
@@ -96,11 +105,10 @@ def _may_hold_experts(unit: nn.Module, parts: Iterable[str]) -> bool:
     return stacks or any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in owners)
 
 
-def _reads_agree(group: Group, unit: nn.Module) -> bool:
-    """Whether the unit has the attribute values that the group's captures read."""
-    reads = {} if group.capture is None else group.capture.reads
+def reads_agree(reads: dict[tuple[str, str], Any], module: nn.Module) -> bool:
+    """Whether a module has the attribute values that the capture of another one read."""
     return all(
-        name == "training" or _same(getattr(unit.get_submodule(path), name), value)
+        name == "training" or _same(getattr(module.get_submodule(path), name), value)
         for (path, name), value in reads.items()
     )
 

@@ -1,7 +1,8 @@
 """How a model calls its layers: one forward on fake tensors, recorded at every unit.
 
 A *unit* is what is captured and stamped: each child of an outermost `ModuleList` (a layer), and
-each module beside the layers (the final norm, the embedding). A unit that is built and called
+each module beside the layers (the final norm, the embedding). Of a model without layers it is each
+child, or the model, where its own code may be that of experts. A unit that is built and called
 like one before it is not run again, so a probe takes about the same time at any depth.
 """
 
@@ -73,8 +74,13 @@ class Probe:
 
 
 def units(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's units by name, in the order of `named_modules`."""
-    return dict(_units(model, ""))
+    """The model's units by name, in the order of `named_modules`; the model's own name is ""."""
+    if _has_layers(model):
+        return dict(_units(model, ""))
+    if _runs_experts(model):
+        return {"": model}
+    children = model.named_children()
+    return {name: child for name, child in children if next(child.parameters(), None) is not None}
 
 
 def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Probe:
@@ -198,6 +204,29 @@ def _units(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _units(child, path)
         elif next(child.parameters(), None) is not None:
             yield path, child
+
+
+def _has_layers(model: nn.Module) -> bool:
+    """Whether some list in it is one of layers, not of experts."""
+    pairs = ((owner, child) for owner in model.modules() for child in owner.children())
+    lists = ((owner, child) for owner, child in pairs if isinstance(child, nn.ModuleList))
+    return any(not _are_experts(owner, items) for owner, items in lists)
+
+
+def _are_experts(owner: nn.Module, items: nn.ModuleList) -> bool:
+    """Whether each is a few products, and a projection beside them has an output for each."""
+    inner = {part for item in items for part in item.modules()}
+    nested = any(next(part.children(), None) for item in items for part in item.children())
+    if nested or any(p.dim() > 2 for p in items.parameters()):
+        return False
+    beside = [p for m in owner.modules() if m not in inner for p in m.parameters(recurse=False)]
+    return any(p.dim() == 2 and p.shape[0] == len(items) for p in beside)
+
+
+def _runs_experts(model: nn.Module) -> bool:
+    """Whether the model's own code may be that of experts: of a list of modules, or a stack."""
+    lists = any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in model.children())
+    return lists or any(p.dim() > 2 for p in model.parameters(recurse=False))
 
 
 def _symbolic(inputs: Any, shadow: Shadow) -> Any:

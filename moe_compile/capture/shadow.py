@@ -43,6 +43,22 @@ class Shadow:
         self.mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
+class RememberingMode(FakeTensorMode):
+    """Fake tensors whose operators are run once for arguments of one form.
+
+    The call forms of a unit, and what proves a pattern, repeat the same operators on the same
+    symbolic sizes. Remembered are whole operators only: to remember each of the steps that one is
+    decomposed into costs more than to run them.
+    """
+
+    def _dispatch_impl(self, *call: Any) -> Any:
+        remembers, self.cache_enabled = self.cache_enabled, False
+        try:
+            return super()._dispatch_impl(*call)
+        finally:
+            self.cache_enabled = remembers
+
+
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Generator[None]:
     """Forgets what a forward in it leaves behind on the module: caches, counters, buffers."""
@@ -68,8 +84,7 @@ def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
     `device` is where it will train, if that is not where it is.
     """
     env = HitShapeEnv()
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    mode.cache_enabled = False
+    mode = RememberingMode(shape_env=env, allow_non_fake_inputs=True)
     device = training_device(model) if device is None else device
     memo: dict[int, Any] = {id(t): _fake(t, mode, device) for t in _tensors(model)}
     shadow = copy.deepcopy(model, memo)

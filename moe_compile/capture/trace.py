@@ -25,12 +25,19 @@ from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow, unchanged
 from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.untouched import Touched, Untouched
+from moe_compile.capture.wrapping import untraced_wrapping
 
 _ASSERTS = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_async.msg,
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_constrain_range_for_size.default,
+}
+_SIZES = {
+    torch.ops.aten.sym_size.int,
+    torch.ops.aten.sym_stride.int,
+    torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_storage_offset.default,
 }
 
 
@@ -154,7 +161,8 @@ def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:
 def _functional(run: Callable[..., Any], state: list[Tensor], inputs: list[Any]) -> fx.GraphModule:
     """Traces with in-place operations made functional, composite operators kept whole."""
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-    module = _make_fx(functional)(state, inputs)
+    with untraced_wrapping():
+        module = _make_fx(functional)(state, inputs)
     for node in list(module.graph.nodes):
         if node.target in _ASSERTS:
             module.graph.erase_node(node)
@@ -199,8 +207,16 @@ def _with_boundaries(traced: fx.Graph, names: list[str]) -> fx.Graph:
         if node in env and not _is_marked(node):
             env[node].meta = {"val": node.meta.get("val"), "source": node.meta.get("source")}
         if node in env:
-            env[node].meta.setdefault("calls", tuple(open_calls))
+            env[node].meta.setdefault("calls", _calls(env[node], open_calls))
     return graph
+
+
+def _calls(node: fx.Node, open_calls: list[int]) -> tuple[int, ...]:
+    """The calls that a node lies in; a size lies where its tensor does, whoever asks first."""
+    if node.target in _SIZES:
+        (tensor,) = node.all_input_nodes
+        return tensor.meta["calls"]
+    return tuple(open_calls)
 
 
 def _is_marked(node: fx.Node) -> bool:

@@ -52,7 +52,7 @@ def unreached(
 
 def _within(name: str, modules: Iterable[str]) -> str:
     """The innermost of the modules that a module is, or is inside of; "" if there is none."""
-    holding = [outer for outer in modules if f"{name}.".startswith(f"{outer}.")]
+    holding = [outer for outer in modules if not outer or f"{name}.".startswith(f"{outer}.")]
     return max(holding, key=len, default="")
 
 

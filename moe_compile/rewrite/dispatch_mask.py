@@ -65,13 +65,23 @@ class Mask:
         return torch.zeros_like(chance).scatter(-1, chosen, kept.float()).to(value(self.node).dtype)
 
 
-def note_masks(sources: list[fx.Node], arguments: list[fx.Node]) -> None:
-    """Notes on a module's arguments in a graph of its own what the code that calls it shows."""
-    for source, argument in zip(sources, arguments, strict=True):
-        result = value(source)
-        is_kind = result.dim() in (2, 3) and not result.is_floating_point()
-        if is_kind and isinstance(result.shape[-1], int) and _is_binary(source):
-            argument.meta["ones"] = _most_in_row(source)
+def ones_of(arguments: list[fx.Node]) -> tuple[int | None, ...]:
+    """Of each argument of a call, the most ones in a row where it is a mask."""
+    return tuple(_most_in_row(n) if _may_be_mask(n) and _is_binary(n) else None for n in arguments)
+
+
+def note_ones(arguments: list[fx.Node], ones: tuple[int | None, ...]) -> None:
+    """Notes it on the arguments in the module's own graph, which does not show who calls it."""
+    for argument, most in zip(arguments, ones, strict=True):
+        if most is not None:
+            argument.meta["ones"] = most
+
+
+def _may_be_mask(node: fx.Node) -> bool:
+    """Whether it has rows of integers or booleans, all as wide."""
+    result = value(node)
+    is_kind = result.dim() in (2, 3) and not result.is_floating_point()
+    return is_kind and isinstance(result.shape[-1], int)
 
 
 def example_mask(sizes: list[int], ones: int) -> Tensor:

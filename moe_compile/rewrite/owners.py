@@ -3,34 +3,86 @@
 The unit itself is captured once, in the model's training call. A mask, evaluation or autocast
 changes few of its modules: only those whose own call differs, or that ask for the mode, are
 captured again. A module that the call did not reach, as experts for images in a text, is captured
-as its twins are called: modules of the same class in the same unit that it did reach.
+as its twins are called: modules of the same class in the same unit that it did reach. Modules that
+are alike share a capture, whatever units they are in.
 """
 
 import contextlib
 import itertools
-from collections.abc import Hashable
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.capture.forms import observe
-from moe_compile.capture.group import Group
-from moe_compile.capture.probe import Call
+from moe_compile.capture.group import Group, reads_agree
+from moe_compile.capture.probe import Call, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
-from moe_compile.rewrite.dispatch_mask import note_masks
+from moe_compile.rewrite.dispatch_mask import note_ones, ones_of
 from moe_compile.rewrite.unit_graph import UnitGraph
 
 
-def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitGraph]:
-    """The owners of rewrites, captured in every foreseen call form that differs for them.
+@dataclass
+class Owners:
+    """Every owner that was captured by itself, by what its capture holds for."""
 
-    Evaluation is taken to call them as training does; where it does not, they run their own code.
-    """
+    shadow: Shadow
+    known: dict[Hashable, list[UnitGraph]] = field(default_factory=dict[Hashable, list[UnitGraph]])
+
+    def capture(self, group: Group, first: UnitGraph) -> list[tuple[str, UnitGraph]]:
+        """The owners of a unit's rewrites, in every foreseen call form that differs for them.
+
+        Evaluation is taken to call them as training does; where it does not, they run their own
+        code.
+
+        Returns:
+            an owner's name in the unit, and its capture or that of one that is alike, which may
+            have been through the passes.
+        """
+        unit = self.shadow.model.get_submodule(first.name)
+        found: list[tuple[str, UnitGraph]] = []
+        for path, call, mode, is_first in _forms(self.shadow, group, first):
+            owner = first.owners()[path]
+            if not is_first:
+                found.append((path, self._of(first, owner, path, call, mode, group.matters)))
+            alone = replace(first, ep=None)
+            for twin in _twins(unit, path, first):
+                with contextlib.suppress(Exception):  # it need not be called so
+                    own = self._of(alone, owner, twin, call, mode, group.matters)
+                    found.append((twin, own))
+        return found
+
+    def _of(
+        self,
+        first: UnitGraph,
+        owner: int,
+        path: str,
+        call: Call,
+        mode: Mode,
+        matters: set[str],
+    ) -> UnitGraph:
+        """A module that is called as the unit's call with the number `owner`."""
+        observed, ones = not _drops(first, owner), ones_of(_arguments(first.graph, owner))
+        module = self.shadow.model.get_submodule(first.name).get_submodule(path)
+        key = (structure(module), call.key(), mode, observed, ones, first.ep is None)
+        alike = self.known.setdefault(key, [])
+        found = next((known for known in alike if reads_agree(known.reads, module)), None)
+        if found is None:
+            capture = trace(self.shadow, module, call, mode, matters, observed=observed)
+            note_ones(_arguments(capture.graph, 0), ones)
+            found = UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
+            alike.append(found)
+        return found
+
+
+def _forms(
+    shadow: Shadow, group: Group, first: UnitGraph
+) -> Iterator[tuple[str, Call, Mode, bool]]:
+    """The owners' calls, each once, and whether the unit's own capture holds for it."""
     unit, owners = shadow.model.get_submodule(first.name), first.owners()
     seen: set[Hashable] = set()
-    found: list[UnitGraph] = []
     for number, (call, autocast) in enumerate(group.forms if owners else []):
         calls: dict[str, Call] = {}
         with contextlib.suppress(Exception):  # a form in which the unit's own code fails
@@ -38,17 +90,10 @@ def capture_owners(shadow: Shadow, group: Group, first: UnitGraph) -> list[UnitG
         for training, (path, own) in itertools.product((True, False), calls.items()):
             asks = first.mode_of(owners[path]).training is not None
             mode = Mode(training if asks else None, autocast)
-            key, is_first = (path, own.key(), mode), number == 0 and training
-            if key in seen:
-                continue
+            key = (path, own.key(), mode)
+            if key not in seen:
+                yield path, own, mode, number == 0 and training
             seen.add(key)
-            if not is_first:
-                found.append(_capture(shadow, group, first, owners[path], path, own, mode))
-            for twin in _twins(unit, path, first):
-                with contextlib.suppress(Exception):  # it need not be called so
-                    captured = _capture(shadow, group, first, owners[path], twin, own, mode)
-                    found.append(replace(captured, ep=None))
-    return found
 
 
 def _twins(unit: nn.Module, path: str, first: UnitGraph) -> list[str]:
@@ -60,29 +105,10 @@ def _twins(unit: nn.Module, path: str, first: UnitGraph) -> list[str]:
     return [n for n, m in unit.named_modules() if type(m) is kind and n not in reached]
 
 
-def _capture(
-    shadow: Shadow,
-    group: Group,
-    first: UnitGraph,
-    owner: int,
-    path: str,
-    call: Call,
-    mode: Mode,
-) -> UnitGraph:
-    """A module of the unit alone, called as an owner is: its call has the number `owner`."""
-    module = shadow.model.get_submodule(first.name).get_submodule(path)
-    observed = not _drops(first, owner)
-    capture = trace(shadow, module, call, mode, group.matters, observed=observed)
-    given, taken = _arguments(first.graph, owner), _arguments(capture.graph, 0)
-    if len(given) == len(taken):
-        note_masks(given, taken)
-    return UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
-
-
 def _arguments(graph: fx.Graph, call: int) -> list[fx.Node]:
     """The tensors that a call gets."""
     begins = next(n for n in graph.nodes if n.target is enter and n.args[0] == call)
-    return list(begins.all_input_nodes)
+    return list(begins.args[1:])  # type: ignore[arg-type]
 
 
 def _drops(unit: UnitGraph, call: int) -> bool:

@@ -122,6 +122,8 @@ def per_row(node: fx.Node) -> int:
 
 def flows_into(node: fx.Node) -> list[fx.Node]:
     """Whose values a node's value depends on; of some tensors it is only the shape."""
+    if _is_known_size(node):
+        return []
     return node.all_input_nodes[node.target in _SHAPE_ONLY :]
 
 
@@ -232,7 +234,7 @@ def _is_known_size(node: fx.Node) -> bool:
 def _value_of(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
     """A node's value, from those that are known."""
     if node not in env:
-        for source in [] if _is_known_size(node) else flows_into(node):
+        for source in flows_into(node):
             _value_of(source, env, sizes)
         env[node] = _step(node, env, sizes)
     return env[node]

@@ -66,6 +66,10 @@ class UnitGraph:
         reads, mode = capture.reads, capture.mode
         return cls(name, graph, capture.graph, calls, mode, reads, wanted_providers, prefix, ep)
 
+    def at(self, name: str, prefix: str) -> "UnitGraph":
+        """The same graphs, as those of a module that is alike: what passes change is shared."""
+        return replace(self, name=name, prefix=prefix)
+
     def owner(self, node: fx.Node) -> str:
         """The name, inside the unit, of the module whose call the node lies in."""
         return self.path(node.meta["calls"][-1])

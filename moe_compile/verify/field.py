@@ -244,6 +244,10 @@ def _transcendental(name: str) -> Function:
     return lambda *values: uninterpreted(name, *map(lift, values))
 
 
+def _zero_at_zero(name: str) -> Function:
+    return lambda x: _where(x == 0, 0, uninterpreted(name, x))
+
+
 def _packets(names: str) -> frozenset[OpOverloadPacket]:
     return frozenset(getattr(aten, name) for name in names.split())
 
@@ -274,9 +278,9 @@ _EXACT: dict[OpOverload | OpOverloadPacket, Function] = {
     aten.log1p: _log1p,
     aten.log2: _transcendental("log2"),
     aten.exp2: _transcendental("exp2"),
-    aten.tanh: _transcendental("tanh"),
-    aten.erf: _transcendental("erf"),
-    aten.sin: _transcendental("sin"),
+    aten.tanh: _zero_at_zero("tanh"),
+    aten.erf: _zero_at_zero("erf"),
+    aten.sin: _zero_at_zero("sin"),
     aten.cos: _transcendental("cos"),
     aten.where: _where,
     aten.masked_fill: _masked_fill,

@@ -56,6 +56,15 @@ def by_counts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor)
     return (out.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
+def by_split(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Sorted, and split by a histogram on the host; added to what is as long as all picks."""
+    order, counts = ids.flatten().argsort(), torch.bincount(ids.flatten(), minlength=EXPERTS)
+    chunks = torch.split(x[order // ids.shape[1]], counts.tolist())
+    joined = torch.cat([body(c, u, d) for c, u, d in zip(chunks, up, down, strict=True)])
+    weighed = joined * weights.reshape(-1)[order].unsqueeze(-1)
+    return weighed[order.argsort()].view(*ids.shape, -1).sum(1)
+
+
 def two_loops(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Each product a loop of its own, the activation between them on all rows."""
     order = ids.view(-1).argsort()
@@ -94,7 +103,9 @@ def routed(function: Experts) -> UnitGraph:
     return unit_of(block, normal(SEQUENCE, 8), normal(SEQUENCE, EXPERTS), **weights)
 
 
-@pytest.mark.parametrize("function", [hit_only, by_mask, by_counts, two_loops, everywhere])
+@pytest.mark.parametrize(
+    "function", [hit_only, by_mask, by_counts, by_split, two_loops, everywhere]
+)
 def test_rewrites_any_routing_that_is_a_weighted_sum(function: Experts) -> None:
     unit = routed(function)
     assert RaiseExperts().run(unit) == 1
@@ -144,3 +155,43 @@ def test_picks_that_may_repeat_are_added() -> None:
     """`everywhere` keeps one weight of two equal picks, the canonical op adds both."""
     reason = "the result is no weighted sum of the picked experts.*"
     assert_refused(RaiseExperts(), ExpertLoop(), experts_unit(everywhere), reason)
+
+
+def with_biases(*names: str) -> UnitGraph:
+    """Experts of two first products and a last one, each with a bias where it is named."""
+
+    def block(x: Tensor, scores: Tensor, **stacks: Tensor) -> Tensor:
+        weights, ids = scores.topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, pick = torch.where(ids == e)
+            own = x[token]
+            gate = own @ stacks["gate"][e]
+            gate = gate + stacks["gate_bias"][e] if "gate_bias" in stacks else gate
+            up = own @ stacks["up"][e]
+            up = stacks["up_bias"][e] + up if "up_bias" in stacks else up
+            rows = (F.silu(gate) * up) @ stacks["down"][e]
+            rows = rows + stacks["down_bias"][e] if "down_bias" in stacks else rows
+            out = out.index_add(0, token, rows * weights[token, pick, None])
+        return out
+
+    stacks = {"gate": normal(EXPERTS, 8, 6), "up": normal(EXPERTS, 8, 6)}
+    stacks["down"] = normal(EXPERTS, 6, 8)
+    widths = {"gate_bias": 6, "up_bias": 6, "down_bias": 8}
+    stacks |= {name: normal(EXPERTS, widths[name]) for name in names}
+    return unit_of(block, normal(SEQUENCE, 8), normal(SEQUENCE, EXPERTS), **stacks)
+
+
+@pytest.mark.parametrize(
+    "names", [("gate_bias", "up_bias", "down_bias"), ("gate_bias", "up_bias"), ("down_bias",)]
+)
+def test_biases_that_are_added_apart_are_the_experts_own(names: tuple[str, ...]) -> None:
+    unit = with_biases(*names)
+    assert RaiseExperts().run(unit) == 1, unit.near_misses["expert_loop"].reason
+    taken = {str(n.target) for n in unit.graph.nodes if n.op == "get_attr" and n.users}
+    assert taken == {"gate", "up", "down", *names}
+
+
+def test_a_bias_of_some_first_products_is_refused() -> None:
+    reason = "only some of an expert's first products have a bias"
+    assert_refused(RaiseExperts(), ExpertLoop(), with_biases("gate_bias"), reason)

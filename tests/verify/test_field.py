@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_compile.verify import field
 from moe_compile.verify.field import P
-from moe_compile.verify.oracle import Dual
+from moe_compile.verify.oracle import Dual, prove
 
 
 def values(*size: int) -> Tensor:
@@ -161,3 +161,9 @@ def test_the_field_agrees_with_the_reals_on_numbers(name: str):
         (gradient,) = torch.autograd.grad((y * y).sum(), x)
     assert torch.equal(dual.field(y), field.lift(y))
     assert torch.equal(dual.field(gradient), field.lift(gradient))
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.erf, torch.sin], ids=lambda f: f.__name__)
+def test_functions_that_are_zero_at_zero_are_so_in_the_field(function):
+    """An expert that gets zeros in place of no token must give zeros."""
+    prove(lambda x: function(x * 0), torch.zeros_like, [torch.randn(3, 4)])

@@ -1,0 +1,47 @@
+"""Every family after `optimize`: what became of its experts, and one training step."""
+
+import copy
+
+import pytest
+
+import moe_compile
+from moe_compile import OptimizeConfig
+from tests.ranks import on_ranks
+from tests.zoo.entries import Entry, build
+from tests.zoo.expert_parallel import worst_error
+from tests.zoo.inputs import call_of
+from tests.zoo.steps import step, worst_of
+from tests.zoo.test_zoo import RUNNING
+
+SAMPLE = {"gpt_oss", "dbrx"}
+TOLERANCE = 1e-5
+REFUSED = {
+    "doge": "experts are rows of an embedding, not matrices",
+}
+"""Families whose experts may be refused, and why."""
+
+families = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=() if entry.name in SAMPLE else pytest.mark.matrix)
+        for entry in RUNNING
+    ],
+)
+
+
+@families
+def test_experts_are_rewritten_and_a_step_is_the_same(entry: Entry) -> None:
+    original = build(entry)
+    model = moe_compile.optimize(copy.deepcopy(original), config=OptimizeConfig(compile=False))
+    sites = [site for site in moe_compile.report(model).sites if site.kind == "experts"]
+    wanted = {"refused"} if entry.name in REFUSED else {"rewritten"}
+    assert {site.status for site in sites} == wanted, [site.reason for site in sites]
+    call = call_of(entry)
+    error, name = worst_of(step(model, call), step(original, call))
+    assert error < TOLERANCE, name
+
+
+@families
+def test_a_step_on_two_ranks_is_the_same(entry: Entry) -> None:
+    for error, name, _ in on_ranks(2, worst_error, entry.name):
+        assert error < TOLERANCE, name

@@ -66,7 +66,8 @@ def measure(name: str) -> Row:
 
 def depth(config: Any) -> int:
     """The layers of the deepest part."""
-    own = next((getattr(config, n) for n in _DEPTHS if isinstance(getattr(config, n, 0), int)), 0)
+    known = (getattr(config, name, None) for name in _DEPTHS)
+    own = next((count for count in known if isinstance(count, int)), 0)
     return max([own, *map(depth, sub_configs(config).values())])
 
 

@@ -6,13 +6,17 @@ like, and cannot leave a hook or a flag behind on the user's model.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import DispatchKey
 from torch._dynamo.source import ConstantSource
+from torch._library.utils import is_builtin
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -51,12 +55,21 @@ class RememberingMode(FakeTensorMode):
     decomposed into costs more than to run them.
     """
 
-    def _dispatch_impl(self, *call: Any) -> Any:
+    def _dispatch_impl(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not _is_remembered(func):  # but its steps are
+            return super()._dispatch_impl(func, types, args, kwargs)
         remembers, self.cache_enabled = self.cache_enabled, False
         try:
-            return super()._dispatch_impl(*call)
+            return super()._dispatch_impl(func, types, args, kwargs)
         finally:
             self.cache_enabled = remembers
+
+
+@functools.cache
+def _is_remembered(func: Any) -> bool:
+    """Whether torch keeps what an operator gave: not of libraries, nor of those made of others."""
+    is_own = isinstance(func, OpOverload) and is_builtin(func)
+    return is_own and not func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
 @contextlib.contextmanager

@@ -145,8 +145,7 @@ def entry_of(name: str) -> Entry:
 
 def config_of(entry: Entry, **overrides: Any) -> PreTrainedConfig:
     """The tiny configuration; those of sub-configurations are dictionaries under their names."""
-    known = EXCEPTIONS.get(entry.name, EXCEPTIONS.get(entry.model_type, {}))
-    changes = _merged(known, entry.options)
+    changes = _merged(_known(entry), entry.options)
     return shrunk(_config_class(entry)(), _merged(changes, overrides))
 
 
@@ -186,9 +185,34 @@ def build(
 
 
 def full_size(entry: Entry) -> PreTrainedModel:
-    """A model in bfloat16 of the default configuration of its class, on the current device."""
-    config = _config_class(entry)(**entry.options)
+    """A model in bfloat16 of the default configuration of its class, on the current device.
+
+    Where the defaults leave out a field that the model needs, it is that of the tiny model.
+    """
+    try:
+        return _of_defaults(entry, entry.options)
+    except AttributeError:
+        lacking = _lacking(_config_class(entry)(), _known(entry))
+        return _of_defaults(entry, _merged(lacking, entry.options))
+
+
+def _of_defaults(entry: Entry, options: Fields) -> PreTrainedModel:
+    config = _config_class(entry)(**options)
     return _model_class(entry)._from_config(config, dtype=torch.bfloat16).train()
+
+
+def _known(entry: Entry) -> Fields:
+    """What its configuration needs beside the rules by which it is made tiny."""
+    return EXCEPTIONS.get(entry.name, EXCEPTIONS.get(entry.model_type, {}))
+
+
+def _lacking(config: PreTrainedConfig, known: Fields) -> Fields:
+    """Of the fields, those that the model needs and its configuration does not have at all."""
+    lacking = {name: value for name, value in known.items() if not hasattr(config, name)}
+    for name, sub in sub_configs(config).items():
+        below = _lacking(sub, known.get(name, {}))
+        lacking |= {name: below} if below else {}
+    return lacking
 
 
 @contextlib.contextmanager

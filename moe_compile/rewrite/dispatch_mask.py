@@ -71,9 +71,13 @@ def ones_of(arguments: list[fx.Node]) -> tuple[int | None, ...]:
 
 
 def note_ones(arguments: list[fx.Node], ones: tuple[int | None, ...]) -> None:
-    """Notes it on the arguments in the module's own graph, which does not show who calls it."""
-    for argument, most in zip(arguments, ones, strict=True):
-        if most is not None:
+    """Notes it on the arguments in the module's own graph, which does not show who calls it.
+
+    Of another form of the call, with more tensors or fewer, nothing is known.
+    """
+    known = ones if len(ones) == len(arguments) else [None] * len(arguments)
+    for argument, most in zip(arguments, known, strict=True):
+        if most is not None and _may_be_mask(argument):
             argument.meta["ones"] = most
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="families; all of them by default")
     parser.add_argument("--ep", action="store_true", help="compare a step on two ranks, too")
+    parser.add_argument("--jobs", type=int, default=1, help="families at once")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "families.md")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one process")
     parser.add_argument("--only", choices=("survey", "parity"), help=argparse.SUPPRESS)
@@ -240,11 +242,14 @@ def main() -> None:
         (name,) = arguments.names
         print(json.dumps(survey(name) if arguments.only == "survey" else parity(name)))
         return
+    names = arguments.names or sorted(entry.name for entry in entries())
     rows: dict[str, Row] = {}
-    for name in arguments.names or sorted(entry.name for entry in entries()):
-        rows[name] = measured(name, arguments.ep, arguments.timeout)
-        arguments.output.write_text(page(rows), encoding="utf-8")
-        print(*line(name, rows[name]), *reasons(name, rows[name]), sep=" | ", flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda name: measured(name, arguments.ep, arguments.timeout), names)
+        for name, row in zip(names, found, strict=True):
+            rows[name] = row
+            arguments.output.write_text(page(rows), encoding="utf-8")
+            print(*line(name, row), *reasons(name, row), sep=" | ", flush=True)
     print(summary(rows))
 
 

@@ -51,7 +51,8 @@ def observe(
         for path in paths:
             stack.callback(_watch(unit.get_submodule(path), path, seen).remove)
         stack.enter_context(unchanged(unit))
-        for context in (shadow.mode, enable_python_dispatcher(), traceable(unit), torch.no_grad()):
+        contexts = (shadow.mode, enable_python_dispatcher(), traceable(unit))
+        for context in (*contexts, shadow.unfixed_sizes(), torch.no_grad()):
             stack.enter_context(context)
         stack.enter_context(ambient)
         own = call.fresh()

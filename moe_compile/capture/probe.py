@@ -6,6 +6,7 @@ child, or the model, where its own code may be that of experts. A unit that is b
 like one before it is not run again, so a probe takes about the same time at any depth.
 """
 
+import contextlib
 import copy
 import enum
 from collections.abc import Callable, Hashable, Iterator
@@ -112,7 +113,10 @@ def _probe(shadow: Shadow, inputs: str, call: Call) -> Probe:
     with unchanged(shadow.model):
         for name, unit in units(shadow.model).items():
             recorder.attach(name, unit)
-        with shadow.mode, enable_python_dispatcher(), traceable(shadow.model), torch.no_grad():
+        contexts = (shadow.mode, enable_python_dispatcher(), traceable(shadow.model))
+        with contextlib.ExitStack() as stack:
+            for context in (*contexts, shadow.unfixed_sizes(), torch.no_grad()):
+                stack.enter_context(context)
             try:
                 shadow.model(*call.args, **call.kwargs)
             except Exception as error:  # any failure of foreign code is a reason in the report

@@ -46,6 +46,15 @@ class Shadow:
         assert self.mode.shape_env is not None
         self.mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
+    def unfixed_sizes(self) -> Any:
+        """In it, code that asks for a size gets an example, and the size stays unknown.
+
+        For calls of which no graph is kept: torch would take the answer for granted in every later
+        trace.
+        """
+        assert self.mode.shape_env is not None
+        return self.mode.shape_env.suppress_guards()
+
 
 class RememberingMode(FakeTensorMode):
     """Fake tensors whose operators are run once for arguments of one form.

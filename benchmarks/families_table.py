@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import markdown
+from machine import describe, markdown
 from torch import fx
 
 import moe_compile
@@ -56,7 +56,8 @@ What `explain` finds in a small random model of each family of transformers that
 modules; a pattern's name stands for what it rewrote. *Storage* is how the experts' weights lie: one stack (as
 `[out, in]`, or transposed), a flat matrix, or a module for each expert. *EP=2* is a training step on two ranks, over
 gloo: `yes` where experts are spread and the loss and every gradient are those of one process, `not spread` where
-they are, but every rank holds some or all of the experts whole. *Nodes* are those of all captures before and after
+they are, but every rank holds some or all of the experts whole, `fails by itself` where the release's own step
+raises. *Nodes* are those of all captures before and after
 the passes, *seconds* those of `explain`."""  # noqa: E501
 _aten = torch.ops.aten
 
@@ -122,11 +123,15 @@ def nodes(report: Report) -> tuple[int, int]:
 
 def parity(name: str) -> Row:
     """The step on two ranks."""
+    if entry_of(name).broken:
+        return {"ep": "fails by itself"}
     try:
         answers = on_ranks(2, worst_error, name)
     except AssertionError as failure:
         lines = [line for line in str(failure).splitlines() if line.strip()]
-        return {"ep": "error", "ep_reason": lines[-1].strip()}
+        # A `ValueError` is the library's answer to what it does not take.
+        status = "refused" if lines[-1].startswith("ValueError") else "error"
+        return {"ep": status, "ep_reason": lines[-1].strip()}
     wrong, where, spread = max(answers)
     if wrong < TOLERANCE:
         return {"ep": "yes" if spread else "not spread"}
@@ -184,10 +189,9 @@ def summary(rows: dict[str, Row]) -> str:
     ran = [row["ep"] for row in rows.values() if "ep" in row]
     text = f"Of {len(rows)} families, {whole} have all of their experts rewritten and {partly} some"
     if ran:
-        text += (
-            f"; spread over two ranks, {ran.count('yes')} of {len(ran)} give the loss and every "
-        )
-        text += "gradient of one process"
+        equal, spread = sum(ep in ("yes", "not spread") for ep in ran), ran.count("yes")
+        text += f"; on two ranks, {equal} of {len(ran)} give the loss and every gradient of one "
+        text += f"process, {spread} of them with all experts spread"
     return f"{text}."
 
 
@@ -196,7 +200,7 @@ def page(rows: dict[str, Row]) -> str:
     why = [text for name, row in rows.items() for text in reasons(name, row)]
     parts = [
         "# Families",
-        "Written by `python benchmarks/families_table.py --ep`; not by hand.",
+        f"Written by this command, not by hand:\n\n```text\n{describe()}```",
         summary(rows),
         LEGEND,
         markdown(HEADER, [line(name, row) for name, row in rows.items()]),

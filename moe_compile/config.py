@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_checkpointing": ("none", "selective", "full"),
     "loss": ("auto", "fused", "model"),
     "verify": ("auto", "off", "raise", "full"),
+    "autocast": (True, False),
     "deterministic": (True, False),
 }
 
@@ -52,6 +53,8 @@ class OptimizeConfig:
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
+        autocast: prepare the layers for calls under autocast to bfloat16, too. With False such calls
+            run the model's own code, and `optimize` takes half of the time.
         verify: check every rewrite against the original on small inputs; what fails is refused.
             `"auto"` does so except for meta tensors and layers of more than 256 MiB; `"full"` for
             large layers too, proves the algebra over a prime field, and checks the passes' facts;
@@ -70,6 +73,7 @@ class OptimizeConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     loss: Literal["auto", "fused", "model"] = "auto"
     verify: Literal["auto", "off", "raise", "full"] = "auto"
+    autocast: bool = True
     deterministic: bool = False
 
     def __post_init__(self) -> None:

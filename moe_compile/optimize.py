@@ -151,7 +151,7 @@ def _analyze(
         probed = probe(shadow, example_inputs)
     owners = Owners(shadow)
     with work.timed("trace"):
-        work.groups = group(shadow, probed.calls)
+        work.groups = group(shadow, probed.calls, autocast=config.autocast)
     for found in work.groups:
         work.units.append(_rewrite(owners, found, pipeline, config, work))
     read = [set[str]().union(*map(UnitGraph.parameters, _told(units))) for units in work.units]

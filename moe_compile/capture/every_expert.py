@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
-    ShapeEnv,
     free_unbacked_symbols,
 )
 from torch.overrides import TorchFunctionMode
 
 from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
 from moe_compile.capture.conversions import free_conversions
+from moe_compile.capture.size_arithmetic import RememberingShapeEnv, remembered_arithmetic
 from moe_compile.capture.symbolic_ints import symbolic_ints
 
 _SEVERAL = (3, 1 << 40)
@@ -105,7 +105,8 @@ def traceable(*modules: nn.Module, assumed: Callable[[], None] = lambda: None) -
     `assumed` is called whenever their code got an answer that another routing may not give.
     """
     hit = EveryExpertHit(assumed)
-    with free_conversions(), symbolic_ints(modules), AnyDtypeGroupedMM(), hit:
+    outer = (free_conversions(), symbolic_ints(modules), remembered_arithmetic())
+    with outer[0], outer[1], outer[2], AnyDtypeGroupedMM(), hit:
         yield
 
 
@@ -196,7 +197,7 @@ def _as_numbers(tensor: Tensor) -> Any:
     return numbers.reshape(tuple(tensor.shape))
 
 
-class HitShapeEnv(ShapeEnv):
+class HitShapeEnv(RememberingShapeEnv):
     """Symbolic sizes, of which those that depend on the routing are taken to be several rows.
 
     Where the experts' rows meet something as long as all picks, they are all rows: else the code

@@ -22,15 +22,16 @@ Form = tuple[Call, torch.dtype | None]
 """A call, and the dtype of autocast."""
 
 
-def call_forms(unit: nn.Module, call: Call) -> list[Form]:
-    """The foreseen calls of a unit, each with the dtype of autocast; the plain call first.
+def call_forms(call: Call, autocast: bool) -> list[Form]:
+    """The foreseen calls of a unit, without and with `autocast`; the plain call first.
 
     On fake tensors transformers always builds a boolean mask; on real ones it passes None when the
     mask would hide nothing but the future. Trainers put any model under autocast to bfloat16.
     """
     unmasked = _without_masks(call)
     calls = [call] if unmasked.key() == call.key() else [unmasked, call]
-    return [(form, autocast) for form in calls for autocast in (None, torch.bfloat16)]
+    dtypes = (None, torch.bfloat16) if autocast else (None,)
+    return [(form, dtype) for form in calls for dtype in dtypes]
 
 
 def observe(

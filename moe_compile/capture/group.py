@@ -49,10 +49,11 @@ class Group:
         return self.capture is None or reads_agree(self.capture.reads, unit)
 
 
-def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
+def group(shadow: Shadow, calls: dict[str, Call], *, autocast: bool = True) -> list[Group]:
     """Captures each kind of unit once, in the order in which the model calls them.
 
-    Of a unit whose own code cannot be captured, each child is tried.
+    Of a unit whose own code cannot be captured, each child is tried. `autocast` is one more form of
+    every call.
     """
     found: dict[Hashable, list[Group]] = {}
     groups: list[Group] = []
@@ -63,7 +64,7 @@ def group(shadow: Shadow, calls: dict[str, Call]) -> list[Group]:
         alike = found.setdefault((structure(unit), call.key(), is_part), [])
         home = next((g for g in alike if g.serves(unit)), None)
         if home is None:
-            home = _capture(shadow, unit, call)
+            home = _capture(shadow, unit, call, autocast)
             home.is_part = is_part
             alike.append(home)
             groups.append(home)
@@ -77,8 +78,8 @@ def path_of(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _capture(shadow: Shadow, unit: nn.Module, call: Call) -> Group:
-    forms, problem = call_forms(unit, call), call.problem
+def _capture(shadow: Shadow, unit: nn.Module, call: Call, autocast: bool) -> Group:
+    forms, problem = call_forms(call, autocast), call.problem
     while forms and call.problem is None:
         matters = set[str]()
         try:

@@ -89,10 +89,12 @@ def _has(spec: BlockSpec, only: Mapping[str, str]) -> bool:
 
 
 def _sized(rng: random.Random, seed: int) -> BlockSpec:
+    """Few experts: loops over them are unrolled, and a third one is like the fourth."""
+    experts = rng.choice([3, 4])
     return BlockSpec(
         seed=seed,
-        experts=rng.choice([4, 6, 8]),
-        top_k=rng.choice([1, 2, 2, 2, 3]),
+        experts=experts,
+        top_k=min(rng.choice([1, 2, 2, 2, 3]), experts - 1),
         hidden=rng.choice([8, 16]),
         width=rng.choice([8, 16, 24]),
     )
@@ -117,7 +119,9 @@ def _routed(rng: random.Random, spec: BlockSpec) -> BlockSpec:
         return replace(spec, normalized="no")
     if router in ("groups_top2", "groups_max"):
         fill = rng.choice(("0.0", '-float("inf")'))
-        return replace(spec, experts=8, groups=rng.choice([2, 4]), group_fill=fill)
+        groups = rng.choice([2, 4])
+        top_k = min(spec.top_k, groups)
+        return replace(spec, experts=2 * groups, top_k=top_k, groups=groups, group_fill=fill)
     return spec
 
 

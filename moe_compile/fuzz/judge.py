@@ -37,6 +37,9 @@ FRESH = ((1, 5), (3, 7), (1, 2))
 """Batch and sequence: the example that `optimize` sees, and the sizes at which it is judged."""
 
 TOLERANCE = 1e-4
+
+_WITH_AUTOCAST = 8
+"""Of so many blocks one is captured for autocast, too, which takes as long as all the rest."""
 _NEGLIGIBLE = 1e-2
 
 Optimize = Callable[..., nn.Module]
@@ -67,7 +70,8 @@ def judge(spec: BlockSpec, *, verify: Literal["off", "raise", "full"] = "full") 
         original = load(spec)
         candidate = copy.deepcopy(original)
         example = _input(spec, EXAMPLE)
-        config = OptimizeConfig(verify=verify, compile=False)
+        autocast = spec.seed % _WITH_AUTOCAST == 0
+        config = OptimizeConfig(verify=verify, compile=False, autocast=autocast)
         moe_compile.optimize(candidate, example_inputs=(example,), config=config)
         report = moe_compile.report(candidate)
         outcome, reason = _compare(spec, original, candidate, report)

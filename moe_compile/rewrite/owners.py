@@ -43,6 +43,8 @@ class Owners:
         """
         unit = self.shadow.model.get_submodule(first.name)
         found: list[tuple[str, UnitGraph]] = []
+        if _holds_for_all(group, unit, first):
+            return found
         for path, call, mode, is_first in _forms(self.shadow, group, first):
             owner = first.owners()[path]
             if not is_first:
@@ -77,19 +79,30 @@ class Owners:
         return found
 
 
+def _holds_for_all(group: Group, unit: nn.Module, first: UnitGraph) -> bool:
+    """Whether no owner is called in another way than in the unit's own capture."""
+    owners = first.owners()
+    others = len(group.forms) > 1 or any(_asks(first, p) or _twins(unit, p, first) for p in owners)
+    return not owners or not others
+
+
+def _asks(first: UnitGraph, path: str) -> bool:
+    """Whether the code of an owner differs between training and evaluation."""
+    return first.mode_of(first.owners()[path]).training is not None
+
+
 def _forms(
     shadow: Shadow, group: Group, first: UnitGraph
 ) -> Iterator[tuple[str, Call, Mode, bool]]:
     """The owners' calls, each once, and whether the unit's own capture holds for it."""
     unit, owners = shadow.model.get_submodule(first.name), first.owners()
     seen: set[Hashable] = set()
-    for number, (call, autocast) in enumerate(group.forms if owners else []):
+    for number, (call, autocast) in enumerate(group.forms):
         calls: dict[str, Call] = {}
         with contextlib.suppress(Exception):  # a form in which the unit's own code fails
             observe(shadow, unit, call, autocast, owners, calls)
         for training, (path, own) in itertools.product((True, False), calls.items()):
-            asks = first.mode_of(owners[path]).training is not None
-            mode = Mode(training if asks else None, autocast)
+            mode = Mode(training if _asks(first, path) else None, autocast)
             key = (path, own.key(), mode)
             if key not in seen:
                 yield path, own, mode, number == 0 and training

@@ -22,8 +22,8 @@ def worst_error(name: str) -> tuple[float, str, bool]:
     entry = entry_of(name)
     model: Any = build(entry)
     reference = copy.deepcopy(model)
-    # Each rewrite is verified where one process takes the step; here it is the whole step.
-    config = OptimizeConfig(compile=False, verify="off")
+    # Autocast, and each rewrite, are verified where one process takes the step.
+    config = OptimizeConfig(compile=False, verify="off", autocast=False)
     model = optimized(model, "all ep", config, everything=True)
     calls = [call_of(entry, seed=rank) for rank in range(dist.get_world_size())]
     found = step(model, calls[dist.get_rank()])

@@ -1,0 +1,55 @@
+"""Arithmetic on symbolic sizes, done once.
+
+For every tensor that has symbolic sizes torch computes its strides, its bytes and whether it is
+contiguous anew: half of the time of a trace, for the same few products.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Hashable
+from typing import Any
+from unittest import mock
+
+import sympy
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+_OPERATIONS = ("add", "sub", "mul", "mod", "int_floordiv", "sym_max", "sym_min")
+_QUESTIONS = ("eq", "ne", "gt", "ge", "lt", "le", "sym_and", "sym_or")
+
+
+class RememberingShapeEnv(ShapeEnv):
+    """Symbolic sizes, with what was computed from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: dict[Hashable, SymNode] = {}
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        """The answer to a question on sizes; of one that is settled, without a search."""
+        if orig_expr in (sympy.true, sympy.false):
+            return orig_expr
+        return super().evaluate_expr(orig_expr, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def remembered_arithmetic() -> Generator[None]:
+    """In it, an operation on sizes whose result is known gives that, where nothing traces it."""
+    with contextlib.ExitStack() as stack:
+        for name in (*_OPERATIONS, *_QUESTIONS):
+            remember = _remembering(name, getattr(SymNode, name))
+            stack.enter_context(mock.patch.object(SymNode, name, remember))
+        yield
+
+
+def _remembering(name: str, operation: Callable[..., SymNode]) -> Callable[..., SymNode]:
+    def remember(left: SymNode, right: Any) -> SymNode:
+        env = left.shape_env
+        if not isinstance(env, RememberingShapeEnv) or proxy_tensor.get_proxy_mode() is not None:
+            return operation(left, right)
+        key = (name, left.expr, left.pytype, right.expr, right.pytype)
+        if key not in env.results:
+            env.results[key] = operation(left, right)
+        return env.results[key]
+
+    return remember

@@ -53,8 +53,8 @@ class OptimizeConfig:
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
         loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
-        autocast: prepare the layers for calls under autocast to bfloat16, too. With False such calls
-            run the model's own code, and `optimize` takes half of the time.
+        autocast: prepare the layers for calls under autocast to bfloat16, too. With False such
+            calls run the model's own code, and `optimize` takes half of the time.
         verify: check every rewrite against the original on small inputs; what fails is refused.
             `"auto"` does so except for meta tensors and layers of more than 256 MiB; `"full"` for
             large layers too, proves the algebra over a prime field, and checks the passes' facts;

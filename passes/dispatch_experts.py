@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moe_compile import ops
-from moe_compile.parallel.experts import WEIGHTS, own_experts
+from moe_compile.parallel.experts import own_experts, own_weights
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNED
 from moe_compile.rewrite.pipeline import Pass
@@ -57,10 +57,10 @@ class _Placing:
             sent = self._add(ops.dispatch, given, _received(arguments))
             for i, name in enumerate(("x", "ids", "weights")):
                 arguments[name] = self._item(sent, i)
-            weights = [arguments[n] for n in WEIGHTS if arguments[n] is not None]
-            is_stored = all(weight.op == "get_attr" for weight in weights)
+            weights = own_weights(arguments)
+            is_stored = all(weight.op == "get_attr" for weight in weights.values())
             if not is_stored:
-                arguments |= {n: self._own(arguments[n]) for n in WEIGHTS}
+                arguments |= {name: self._own(weight) for name, weight in weights.items()}
             handle = self._item(sent, 3)
             size = x.meta["val"].shape[0]
             tokens = self._add(torch.ops.aten.sym_size.int, (x, 0), size)
@@ -73,13 +73,11 @@ class _Placing:
         self.node.replace_all_uses_with(back)
         self.graph.erase_node(self.node)
 
-    def _own(self, weight: Any) -> Any:
+    def _own(self, weight: fx.Node) -> fx.Node:
         """This rank's experts, of weights that the graph puts together from several parameters.
 
         FSDP2 gathers those for the layer, and averages what each rank's own experts got.
         """
-        if weight is None:
-            return None
         full = weight.meta["val"]
         return self._add(
             own_experts, (weight, self.ep.group), full[: full.shape[0] // self.ep.size]

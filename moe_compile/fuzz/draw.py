@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from moe_compile.fuzz.spec import (
     Activation,
     BlockSpec,
+    ExpertNorm,
     LookAlike,
     Loop,
     Router,
@@ -169,10 +170,18 @@ def _surrounded(rng: random.Random, spec: BlockSpec) -> BlockSpec:
         norm_before=_seldom(rng),
         residual=_seldom(rng),
         latent=spec.hidden == 16 and rng.random() < 0.1,
-        expert_norm=spec.loop != "dense_input" and rng.random() < 0.02,
+        expert_norm=_norm(rng, spec),
         zero_experts=2 if zero else 0,
         logits_out=_half(rng),
     )
+
+
+def _norm(rng: random.Random, spec: BlockSpec) -> ExpertNorm:
+    """Seldom any; in a list of modules none is shared."""
+    kind: ExpertNorm = rng.choice(("own", "shared", "torch"))
+    if rng.random() > 0.1 or spec.loop == "dense_input":
+        return "none"
+    return "own" if kind == "shared" and spec.listed else kind
 
 
 def _disguised(rng: random.Random, spec: BlockSpec) -> BlockSpec:

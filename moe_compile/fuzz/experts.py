@@ -15,6 +15,10 @@ _FUNCTIONS = {
 
 _CLAMP = ["gate = gate.clamp(max=0.7)", "up = up.clamp(min=-0.7, max=0.7)"]
 _NORM = "rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)"
+_SCALED_FIRST = (
+    "(rows * self.norm_weight)"
+    " * torch.rsqrt((rows * self.norm_weight).pow(2).mean(-1, keepdim=True) + 1e-6)"
+)
 
 
 def stacked_lines(spec: BlockSpec, place: Place, x: str) -> list[str]:
@@ -24,8 +28,12 @@ def stacked_lines(spec: BlockSpec, place: Place, x: str) -> list[str]:
     shifted = spec.look_alike == "neighbour"
     last = Place("one", f"({place.index} + 1) % self.num_experts") if shifted else place
     lines.append(f"rows = {last.product(down, 'hidden', first=False)}")
-    if spec.expert_norm:
+    if spec.expert_norm == "own":
         lines.append(f"rows = {_NORM} * {place.slice('norm_weight')}")
+    elif spec.expert_norm == "shared":
+        lines.append(f"rows = {_SCALED_FIRST}")
+    elif spec.expert_norm == "torch":
+        lines.append(f"rows = F.rms_norm(rows, ({spec.inner},), self.norm_weight, 1e-6)")
     return lines
 
 
@@ -38,8 +46,11 @@ def expert_class(spec: BlockSpec, name: str, width: int, *, fused: bool = False)
     state.append(f"self.down_proj = nn.Linear({width}, {inner}, {bias})")
     state += activation_state(spec)
     body = _activated(spec, [f"self.{up}(x)" for up in ups])
-    if not spec.expert_norm:
+    if spec.expert_norm == "none":
         body.append("return self.down_proj(hidden)")
+    elif spec.expert_norm == "torch":
+        state.append(f"self.norm = nn.RMSNorm({inner}, eps=1e-6)")
+        body.append("return self.norm(self.down_proj(hidden))")
     else:
         state.append(f"self.norm_weight = nn.Parameter(torch.ones({inner}))")
         body += ["rows = self.down_proj(hidden)", f"return {_NORM} * self.norm_weight"]

@@ -76,6 +76,9 @@ LookAlike = Literal[
 ]
 
 
+ExpertNorm = Literal["none", "own", "shared", "torch"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
     """One block, from which its source follows.
@@ -111,7 +114,8 @@ class BlockSpec:
         weights_early: weights have the tokens' dtype before the experts.
         shared: a shared expert beside the routed ones.
         scale_after: a factor of the experts' output.
-        norm_before, residual, latent, expert_norm: parts around and after the experts.
+        norm_before, residual, latent: parts around the experts.
+        expert_norm: after each expert: each its own, one of all, or torch's (own for modules).
         zero_experts: how many experts are the identity.
         logits_out: the block returns its logits, too.
         look_alike: what makes it no mixture of experts, or "none".
@@ -153,7 +157,7 @@ class BlockSpec:
     norm_before: bool = False
     residual: bool = False
     latent: bool = False
-    expert_norm: bool = False
+    expert_norm: ExpertNorm = "none"
     zero_experts: int = 0
     logits_out: bool = False
     look_alike: LookAlike = "none"
@@ -186,6 +190,4 @@ def unsupported(spec: BlockSpec) -> str | None:
     """
     if spec.look_alike != "none":
         return f"a look-alike: {spec.look_alike}"
-    if spec.expert_norm:
-        return "every expert has a norm of its own after its down projection"
     return None

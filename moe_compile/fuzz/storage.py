@@ -136,6 +136,7 @@ def stacked_state(spec: BlockSpec) -> list[str]:
         if w.bias:
             out = w.rows if w.out_first else w.columns
             lines.append(f"self.{w.bias} = nn.Parameter(torch.empty({spec.experts}, {out}))")
-    if spec.expert_norm:
-        lines.append(f"self.norm_weight = nn.Parameter(torch.ones({spec.experts}, {spec.inner}))")
+    if spec.expert_norm != "none":
+        size = f"{spec.experts}, {spec.inner}" if spec.expert_norm == "own" else f"{spec.inner}"
+        lines.append(f"self.norm_weight = nn.Parameter(torch.ones({size}))")
     return lines

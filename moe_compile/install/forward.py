@@ -15,7 +15,7 @@ from moe_compile.capture.trace import Mode
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
-from moe_compile.parallel.experts import own_experts
+from moe_compile.parallel.experts import own_experts, own_weights
 from moe_compile.rewrite.refuse import Refuse
 
 _LOG = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
 def shared_weights(graph: fx.Graph) -> tuple[str, ...]:
     """The parameters of which each rank has its own part: those of dispatched experts."""
     spread = [node for node in graph.nodes if "data_ranks" in node.meta]
-    used = [n for node in spread for n in node.all_input_nodes if n.op == "get_attr"]
+    used = [weight for node in spread for weight in own_weights(node.kwargs).values()]
     return tuple(dict.fromkeys(str(node.target) for node in used))
 
 

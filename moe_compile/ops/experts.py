@@ -19,12 +19,14 @@ def experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
+    norm: Callable[..., Tensor] | None = None,
+    norm_weight: Tensor | None = None,
     transposed: bool = False,
     weigh_input: bool = False,
 ) -> Tensor:
     """out[t] = sum over picks k of weights[t, k] * expert[ids[t, k]](x[t]).
 
-    An expert is `activation(x @ up.T + up_bias) @ down.T + down_bias`.
+    An expert is `activation(x @ up.T + up_bias) @ down.T + down_bias`, and `norm` of that.
 
     Args:
         x: [T, H], the tokens. Those without a pick here may be NaN, and so may their gradients:
@@ -39,6 +41,9 @@ def experts(
             inside it.
         up_bias: [E, N].
         down_bias: [E, Hout].
+        norm: maps what the experts give, [rows, Hout], to as much, row by row; where there is a
+            `norm_weight` it takes that too: [Hout], or of every row its expert's, [rows, Hout].
+        norm_weight: one for all experts, [Hout], or of each, [E, Hout].
         transposed: How up and down are stored.
         weigh_input: Weigh the expert's input, not its result (Llama 4).
 
@@ -61,5 +66,19 @@ def experts(
         rows = activation(rows).to(down.dtype) @ down[expert]
         if down_bias is not None:
             rows = rows + down_bias[expert]
+        rows = normed(rows, norm, _of_expert(norm_weight, expert))
         out = out.index_add(0, token, (rows if weigh_input else rows * weight).to(sum_dtype))
     return out.to(x.dtype)
+
+
+def normed(rows: Tensor, norm: Callable[..., Tensor] | None, weight: Tensor | None) -> Tensor:
+    """What the experts give after their norm; rows as they are where there is none."""
+    if norm is None:
+        return rows
+    return norm(rows) if weight is None else norm(rows, weight)
+
+
+def _of_expert(norm_weight: Tensor | None, expert: int) -> Tensor | None:
+    if norm_weight is None or norm_weight.dim() == 1:
+        return norm_weight
+    return norm_weight[expert]

@@ -10,11 +10,11 @@ contribution.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from moe_compile.kernels.all_to_all import process_group
 from moe_compile.parallel.layout import Layout
 
-WEIGHTS = ("up", "down", "up_bias", "down_bias")
-"""The arguments of `ops.experts` that every rank has its own part of."""
+_WEIGHTS = ("up", "down", "up_bias", "down_bias", "norm_weight")
+
+
+def own_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `ops.experts`, tensors or nodes, that every rank has its own part of.
+
+    A norm may have one weight for all experts, a vector: every rank has that.
+    """
+    given = {name: arguments[name] for name in _WEIGHTS if arguments[name] is not None}
+    return {name: weight for name, weight in given.items() if _rank(weight) > 1}
+
+
+def _rank(weight: Any) -> int:
+    return (weight.meta["val"] if isinstance(weight, fx.Node) else weight).dim()
 
 
 def own_experts(whole: Tensor, group: str) -> Tensor:
@@ -94,7 +106,7 @@ def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Ca
     """
 
     def own_experts(**given: Any) -> Tensor:
-        stored = {name: given[name] for name in WEIGHTS if given[name] is not None}
+        stored = own_weights(given)
         if not isinstance(given["up"], DTensor):
             return implementation(**given)
         gathered: dict[int, DTensor] = {}

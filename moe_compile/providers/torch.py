@@ -12,6 +12,7 @@ from moe_compile import ops
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.ops.experts import normed
 from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
 
@@ -172,6 +173,8 @@ def _experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
+    norm: Callable[..., Tensor] | None = None,
+    norm_weight: Tensor | None = None,
     transposed: bool = False,
     weigh_input: bool = False,
 ) -> Tensor:
@@ -193,6 +196,9 @@ def _experts(
     rows = grouped_linear(activation(rows).to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         rows = rows + _BiasRows.apply(down_bias, expert, offs)
+    if norm_weight is not None and norm_weight.dim() == 2:
+        norm_weight = _BiasRows.apply(norm_weight, expert, offs)
+    rows = normed(rows, norm, norm_weight)
     if not weigh_input:
         rows = rows * weight
     out: Tensor = _Collect.apply(rows, order, inverse, picks)

@@ -70,6 +70,8 @@ class Step:
         ends: [experts], the end of each expert's rows in [rows, H]; or
         ids: whose each row is; rows lack its dimensions at the positions `missing`.
         bias_ids: whose bias each row gets, where that is said apart.
+        normed: whether what an expert gives goes through a norm of its own; or
+        norm_ids: whose norm each row goes through.
         place: which of the first products it is.
     """
 
@@ -81,12 +83,14 @@ class Step:
     ids: fx.Node | None = None
     missing: tuple[int, ...] = ()
     bias_ids: fx.Node | None = None
+    normed: bool = False
+    norm_ids: fx.Node | None = None
     place: int = 0
 
     @property
     def reads(self) -> list[fx.Node]:
         """Every node that it takes."""
-        routed = (self.ends, self.ids, self.bias_ids)
+        routed = (self.ends, self.ids, self.bias_ids, self.norm_ids)
         return [*self.inputs, *(node for node in routed if node is not None)]
 
 
@@ -99,6 +103,8 @@ class Bodies:
         steps: what they compute, in order.
         nodes: everything of the steps, without the weights.
         up: the stacks of the first products, which `activation` takes side by side.
+        norm: of what the experts give, see `ops.experts`.
+        norm_weight: each expert's own, or the one of all.
     """
 
     count: int
@@ -109,6 +115,8 @@ class Bodies:
     activation: Region
     up_bias: tuple[Stack, ...] = ()
     down_bias: Stack | None = None
+    norm: Region | None = None
+    norm_weight: Stack | fx.Node | None = None
 
     @property
     def rows(self) -> fx.Node:
@@ -196,17 +204,21 @@ def side_by_side(sources: list[fx.Node], result: Any, inner: set[fx.Node]) -> Re
         env[source] = x if len(sources) == 1 else _columns(graph, x, source, end)
     for node in sorted(inner):
         env[node] = graph.node_copy(node, env.__getitem__)
-        _count_from_back(env[node])
+        count_from_back(env[node])
     graph.output(env[result])
     return Region(graph)
 
 
-def _count_from_back(node: fx.Node) -> None:
+def count_from_back(node: fx.Node) -> None:
     """Dimensions as they are for rows of any rank: experts are called with [rows, width]."""
     position = next((i for i, a in enumerate(schema_names(node)) if a == "dim"), None)
-    dim: Any = node.args[position] if position is not None and position < len(node.args) else None
-    if position is not None and isinstance(dim, int) and dim >= 0:
-        node.update_arg(position, dim - value(node).dim())
+    if position is None or position >= len(node.args):
+        return
+    dims, rank = node.args[position], max(value(n).dim() for n in (node, *node.all_input_nodes))
+    if isinstance(dims, int) and dims >= 0:
+        node.update_arg(position, dims - value(node).dim())
+    elif isinstance(dims, (list, tuple)):
+        node.update_arg(position, [dim - rank if dim >= 0 else dim for dim in dims])  # type: ignore[operator]
 
 
 def _columns(graph: fx.Graph, x: fx.Node, source: fx.Node, end: int) -> fx.Node:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from moe_compile.rewrite.expert_bodies import TRANSPARENT, Stack, signature_of, strip
+from moe_compile.rewrite.expert_norm import Norm, norm_after
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 
@@ -37,6 +38,7 @@ class Product:
         operand: the rows as they are multiplied; `rows` without casts and copies.
         bias: or None.
         nodes: the product, and the addition of the bias where it is apart.
+        norm: what follows it, if it is the last of an expert.
     """
 
     node: fx.Node
@@ -45,6 +47,30 @@ class Product:
     weight: Weight
     bias: Any
     nodes: frozenset[fx.Node]
+    norm: Norm | None
+
+    @property
+    def end(self) -> fx.Node:
+        """What an expert gives that ends in this product."""
+        return self.node if self.norm is None else self.norm.result
+
+    @property
+    def last_nodes(self) -> frozenset[fx.Node]:
+        """Everything from the product to that."""
+        return self.nodes if self.norm is None else self.nodes | self.norm.nodes
+
+    @property
+    def norm_signature(self) -> str:
+        """A spelling of the norm that is equal for equal ones."""
+        if self.norm is None:
+            return ""
+        weight = {} if self.norm.weight is None else {self.norm.weight: 1}
+        return signature_of(self.norm.result, {self.node: 0} | weight, {})
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether each expert has a norm of its own."""
+        return self.norm is not None and self.norm.is_own
 
 
 def products(graph: fx.Graph) -> list[Product]:
@@ -64,9 +90,14 @@ def _product(node: fx.Node, weight: Weight, numbered: dict[str, tuple[str, int]]
     operand: Any = node.args[0]
     bias = node.args[2] if len(node.args) > 2 else None
     result = node
+
+    def is_own(vector: fx.Node) -> bool:
+        return _expert_of_vector(vector, numbered) == weight.expert
+
     if bias is None:
-        result, bias = with_bias(node, lambda b: _expert_of_bias(b, numbered) == weight.expert)
-    return Product(result, operand, strip(operand), weight, bias, frozenset({node, result}))
+        result, bias = with_bias(node, is_own)
+    nodes, norm = frozenset({node, result}), norm_after(result, is_own)
+    return Product(result, operand, strip(operand), weight, bias, nodes, norm)
 
 
 def with_bias(node: fx.Node, is_bias: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node | None]:
@@ -79,8 +110,8 @@ def with_bias(node: fx.Node, is_bias: Callable[[fx.Node], bool]) -> tuple[fx.Nod
     return node, None
 
 
-def _expert_of_bias(node: fx.Node, numbered: dict[str, tuple[str, int]]) -> int | None:
-    """Whose bias it is; None if nobody's."""
+def _expert_of_vector(node: fx.Node, numbered: dict[str, tuple[str, int]]) -> int | None:
+    """Whose bias, or weight of a norm, it is; None if nobody's."""
     node = strip(node)
     if value(node).dim() != 1:
         return None
@@ -166,14 +197,22 @@ def stack_of(weights: list[Weight]) -> Stack:
     return Stack(tuple(weight.node for weight in weights), transposed)
 
 
-def bias_stack_of(biases: list[fx.Node | None]) -> Stack | None:
-    """The same for biases; None where there are none."""
+def vector_stack_of(biases: list[fx.Node | None]) -> Stack | None:
+    """The same for biases and weights of norms; None where there are none."""
     if biases[0] is None:
         return None
     parts = [_part_of_stack(strip(bias)) for bias in biases]
     if parts[0] is not None:
         return Stack((parts[0][0],))
     return Stack(tuple(strip(bias) for bias in biases))
+
+
+def norm_weight_of(norms: Sequence[Norm | None]) -> Stack | fx.Node | None:
+    """Of the same norm after every expert: each one's weight, or that of all."""
+    first = norms[0]
+    if first is None or not first.is_own:
+        return first and first.weight
+    return vector_stack_of([norm.weight for norm in norms if norm is not None])
 
 
 def bias_stacks(stacks: Sequence[Stack | None], node: fx.Node) -> tuple[Stack, ...]:

@@ -13,7 +13,7 @@ from moe_compile.rewrite.stacked_bodies import (
     StackedProduct,
     bodies_of,
     picked,
-    with_picked_bias,
+    with_vectors,
 )
 
 _MATMULS = {aten.bmm.default, aten.matmul.default}
@@ -31,7 +31,7 @@ def _gathered(node: fx.Node) -> StackedProduct | None:
         product = _row_first(node) or _row_last(node)
     else:
         return None
-    return None if product is None else with_picked_bias(product)
+    return None if product is None else with_vectors(product)
 
 
 def _einsum(node: fx.Node) -> StackedProduct | None:

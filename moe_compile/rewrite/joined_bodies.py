@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from torch import fx
 
 from moe_compile.rewrite.expert_bodies import Bodies, Step, attempt, between, side_by_side
-from moe_compile.rewrite.expert_weights import Product, bias_stack_of, bias_stacks, stack_of
+from moe_compile.rewrite.expert_weights import (
+    Product,
+    bias_stacks,
+    norm_weight_of,
+    stack_of,
+    vector_stack_of,
+)
 from moe_compile.rewrite.normal_form import aten
 from moe_compile.rewrite.refuse import Refuse
 
@@ -89,18 +95,21 @@ def _assemble_joined(
     inner = between(hidden, {joint})
     if inner is None:
         raise Refuse("something else flows into the experts' activation", hidden)
-    products = [("up", p) for p in ups], [("down", p) for p in downs]
-    up_steps, down_steps = (
-        [Step(kind, (p.operand,), p.node, p.weight.expert) for kind, p in group]  # type: ignore[arg-type]
-        for group in products
-    )
+    if len({p.norm_signature for p in downs}) > 1:
+        raise Refuse("the experts of a row have different norms", hidden)
+    up_steps = [Step("up", (p.operand,), p.node, p.weight.expert) for p in ups]
+    down_steps = [
+        Step("down", (p.operand,), p.end, p.weight.expert, normed=p.is_normed) for p in downs
+    ]
     return Bodies(
         count=len(ups),
         steps=(*up_steps, Step("act", (joint,), hidden), *down_steps),
-        nodes=frozenset(inner).union(*(p.nodes for p in (*ups, *downs))),
+        nodes=frozenset(inner).union(*(p.nodes for p in ups), *(p.last_nodes for p in downs)),
         up=(stack_of([p.weight for p in ups]),),
         down=stack_of([p.weight for p in downs]),
         activation=side_by_side([joint], hidden, inner),
-        up_bias=bias_stacks([bias_stack_of([p.bias for p in ups])], joint),
-        down_bias=bias_stack_of([p.bias for p in downs]),
+        up_bias=bias_stacks([vector_stack_of([p.bias for p in ups])], joint),
+        down_bias=vector_stack_of([p.bias for p in downs]),
+        norm=downs[0].norm and downs[0].norm.region,
+        norm_weight=norm_weight_of([p.norm for p in downs]),
     )

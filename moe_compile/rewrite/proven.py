@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import fx
 
 from moe_compile.capture.boundary import enter, exit
-from moe_compile.rewrite.expert_bodies import Bodies, Stacks
+from moe_compile.rewrite.expert_bodies import Bodies, Stack, Stacks
 from moe_compile.rewrite.matcher import NearMiss, check_escapes
 from moe_compile.rewrite.pattern import Match, Pattern
 from moe_compile.rewrite.refuse import Refuse
@@ -45,6 +45,8 @@ class ProvenExperts(Pattern):
         if isinstance(block, Refuse):
             raise block
         check_row_wise(block.activation)
+        if block.norm is not None:
+            check_row_wise(block.norm, "the experts' norm")
         match = self._match(block, prove_routing(graph, block))
         check_escapes(match)
         return match
@@ -59,7 +61,9 @@ class ProvenExperts(Pattern):
             "down": Stacks((block.down,), transposed),
             "activation": block.activation,
             "up_bias": Stacks(block.up_bias, False) if block.up_bias else None,
-            "down_bias": None if block.down_bias is None else Stacks((block.down_bias,), False),
+            "down_bias": _stored(block.down_bias),
+            "norm": block.norm,
+            "norm_weight": _stored(block.norm_weight),
         }
         choice = {
             "transposed": transposed,
@@ -69,6 +73,11 @@ class ProvenExperts(Pattern):
         }
         nodes = _not_needed_elsewhere(routing, block)
         return Match(self, bindings, choice, routing.root, nodes)
+
+
+def _stored(vectors: Stack | fx.Node | None) -> Stacks | fx.Node | None:
+    """A vector of each expert, or the one of all."""
+    return Stacks((vectors,), False) if isinstance(vectors, Stack) else vectors
 
 
 def _not_needed_elsewhere(routing: Routing, block: Bodies) -> frozenset[fx.Node]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moe_compile.rewrite.normal_form import aten, is_aten, schema_arguments, value
+from moe_compile.rewrite.normal_form import aten, is_aten, is_random, schema_arguments, value
 from moe_compile.rewrite.refuse import Refuse
 
 _WITHIN_ROWS = {
@@ -16,21 +16,31 @@ _WITHIN_ROWS = {
     aten.unsqueeze.default,
     aten.squeeze.dim,
 }
+"""What works along one dimension."""
+_REDUCTIONS = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.var.correction,
+    aten.linalg_vector_norm.default,
+}
+"""What sums along dimensions."""
+_NORMS = {aten.rms_norm.default, aten.layer_norm.default}
 _POINTWISE = {"aten::to", "aten::where", "aten::masked_fill"}  # torch does not tag all of them
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A function of one tensor, as a graph with one placeholder; called like a function."""
+    """A function of the graph's placeholders, rows first; called like a function."""
 
     graph: fx.Graph
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Runs the subgraph. Traces like the code that it was captured from."""
         env: dict[fx.Node, Any] = {}
+        given = iter(inputs)
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                env[node] = x
+                env[node] = next(given)
             elif node.op == "output":
                 return env[node.args[0]]
             else:
@@ -69,25 +79,67 @@ def capture(source: fx.Node, result: fx.Node, nodes: frozenset[fx.Node]) -> Regi
     return Region(graph)
 
 
-def check_row_wise(region: Region) -> None:
-    """Refuses a region in which rows (tokens) could mix: it must act on each row alone."""
-    rows = [str(size) for size in value(next(iter(region.graph.nodes))).shape[:-1]]
+def check_row_wise(region: Region, what: str = "the activation") -> None:
+    """Refuses a region in which rows (tokens) could mix: it must act on each row alone.
+
+    What it computes from its other inputs must be done number by number.
+    """
+    first, *_ = region.graph.nodes
+    rows = [str(size) for size in value(first).shape[:-1]]
+    of_rows = {first}
     for node in region.graph.nodes:
-        if node.op == "call_function" and not _row_wise(node, rows):
-            raise Refuse(f"{node.target} in the activation may mix tokens", node)
+        if node.op != "call_function":
+            continue
+        if not of_rows.isdisjoint(node.all_input_nodes):
+            of_rows.add(node)
+        if is_random(node):
+            remedy = "set the experts' dropout to 0"
+            raise Refuse(f"{node.target} in {what} draws random numbers", node, remedy=remedy)
+        fits = is_row_wise(node, rows, of_rows) if node in of_rows else is_pointwise(node)
+        if not fits:
+            raise Refuse(f"{node.target} in {what} may mix tokens", node)
 
 
-def _row_wise(node: fx.Node, rows: list[str]) -> bool:
+def is_row_wise(node: fx.Node, rows: list[str], of_rows: set[fx.Node]) -> bool:
     """Whether the node keeps every row where it is and looks at no other."""
     if not is_aten(node) or not _has_rows(value(node), rows):
         return False
+    if is_pointwise(node):
+        # Broadcasting to a higher rank could pair rows, but for a vector that is the same for all.
+        vectors = {n for n in node.all_input_nodes if n not in of_rows and value(n).dim() == 1}
+        ranks = {value(source).dim() for source in node.all_input_nodes if source not in vectors}
+        return ranks == {value(node).dim()}
+    rank = max(value(n).dim() for n in (node, *node.all_input_nodes))
+    dims = _dimensions(node, rank)
+    return bool(dims) and all(dim % rank >= len(rows) for dim in dims)
+
+
+def _dimensions(node: fx.Node, rank: int) -> list[int]:
+    """Along which dimensions an operator works, where that is known."""
+    if is_norm(node):
+        return list(range(rank - len(schema_arguments(node)["normalized_shape"]), rank))
+    if node.target not in _WITHIN_ROWS | _REDUCTIONS:
+        return []
+    dims = schema_arguments(node)["dim"]
+    return [dims] if isinstance(dims, int) else list(dims or ())
+
+
+def is_norm(node: fx.Node) -> bool:
+    """Whether it is one of torch's own norms."""
+    return node.target in _NORMS
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether numbers of a row are summed in it."""
+    return node.target in _REDUCTIONS or is_norm(node)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether it works number by number."""
     operator: Any = node.target
-    if torch.Tag.pointwise in operator.tags or operator._schema.name in _POINTWISE:
-        ranks = {value(source).dim() for source in node.all_input_nodes}
-        return ranks == {value(node).dim()}  # broadcasting to a higher rank could pair rows
-    dim = schema_arguments(node)["dim"] if operator in _WITHIN_ROWS else 0
-    ranks = [value(n).dim() for n in (node, *node.all_input_nodes)]  # of both, the larger counts
-    return dim % max(ranks) >= len(rows)
+    if not is_aten(node):
+        return False
+    return torch.Tag.pointwise in operator.tags or operator._schema.name in _POINTWISE
 
 
 def _has_rows(result: Any, rows: list[str]) -> bool:

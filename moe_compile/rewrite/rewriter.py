@@ -39,6 +39,8 @@ def apply(match: Match, pass_name: str) -> fx.Node:
     for node in list(graph.nodes):
         if node.target in (enter, exit) and node.args[0] in crossed:
             graph.erase_node(node)
+        # What else a call computes that is no longer made, is computed by the owner.
+        node.meta["calls"] = tuple(c for c in node.meta.get("calls", ()) if c not in crossed)
     for node in sorted(match.nodes, reverse=True):
         for user in [user for user in node.users if user.target is exit]:
             user.replace_input_with(node, None)  # type: ignore[arg-type]

@@ -217,6 +217,8 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
             lambda hidden: own.activation(hidden @ own.wide) @ own.narrow,
             own.up_bias,
             own.down_bias,
+            norm=None if own.norm is None else operator.mul,
+            norm_weight=own.norm,
             transposed=True,
             weigh_input=form.weigh_input,
             full=form.full,

@@ -16,6 +16,7 @@ from moe_compile.rewrite.expert_bodies import (
     side_by_side,
     strip,
 )
+from moe_compile.rewrite.expert_norm import Norm, norm_after
 from moe_compile.rewrite.expert_weights import bias_stacks, is_stored, with_bias
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
@@ -41,24 +42,41 @@ class StackedProduct:
     missing: tuple[int, ...] = ()
     bias: fx.Node | None = None
     bias_ids: fx.Node | None = None
+    norm: Norm | None = None
 
     @property
     def groups(self) -> tuple[fx.Node | None, fx.Node | None]:
         """What says whose each row is."""
         return self.ends, self.ids
 
-    def step(self, kind: Any, place: int = 0) -> Step:
-        """The product as a step."""
-        return Step(
-            kind,
-            (self.rows,),
-            self.node,
-            ends=self.ends,
-            ids=self.ids,
-            missing=self.missing,
-            bias_ids=self.bias_ids,
-            place=place,
-        )
+    def up_step(self, place: int) -> Step:
+        """A first product as a step."""
+        return Step("up", (self.rows,), self.node, place=place, **self._routed())
+
+    def down_step(self) -> Step:
+        """The last product as a step, with the norm after it."""
+        end, stack = self.node if self.norm is None else self.norm.result, self.norm_stack
+        normed = self.norm is not None and self.norm.is_own
+        ids = None if stack is None else stack[1]
+        return Step("down", (self.rows,), end, normed=normed, norm_ids=ids, **self._routed())
+
+    def _routed(self) -> dict[str, Any]:
+        names = ("ends", "ids", "missing", "bias_ids")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def norm_stack(self) -> tuple[fx.Node, fx.Node | None] | None:
+        """The vectors of a norm of each expert, and whose each row gets, where that is said."""
+        if self.norm is None or self.norm.weight is None or not self.norm.is_own:
+            return None
+        return picked(self.norm.weight) or (strip(self.norm.weight).args[0], None)
+
+    @property
+    def norm_weight(self) -> Stack | fx.Node | None:
+        """The weight of the norm, of each expert or of all."""
+        if self.norm_stack is not None:
+            return Stack((self.norm_stack[0],))
+        return self.norm and self.norm.weight
 
 
 def batched_bodies(graph: fx.Graph) -> Iterator[Bodies | Refuse]:
@@ -95,12 +113,14 @@ def _batched(node: fx.Node) -> StackedProduct | None:
         return None
     if value(rows).shape[0] not in (1, value(weight.parts[0]).shape[0]):
         return None
-    result, bias = with_bias(node, _is_batched_bias)
+    result, bias = with_bias(node, _is_batched_vector)
     stored: Any = bias and strip(bias).args[0]
-    return StackedProduct(result, rows, weight, frozenset({node, result}), bias=stored)
+    norm = norm_after(result, _is_batched_vector)
+    nodes = frozenset({node, result})
+    return StackedProduct(result, rows, weight, nodes, bias=stored, norm=norm)
 
 
-def _is_batched_bias(node: fx.Node) -> bool:
+def _is_batched_vector(node: fx.Node) -> bool:
     """Whether it is a stack of vectors, the same for every row of an expert."""
     node = strip(node)
     is_spread = node.target is aten.unsqueeze.default and bool(node.args[1] == 1)
@@ -116,18 +136,24 @@ def _grouped(node: fx.Node) -> StackedProduct | None:
     assert isinstance(ends, fx.Node)
     if weight is None:
         return None
-    return with_picked_bias(StackedProduct(node, rows, weight, frozenset({node}), ends=ends))
+    return with_vectors(StackedProduct(node, rows, weight, frozenset({node}), ends=ends))
 
 
-def with_picked_bias(product: StackedProduct) -> StackedProduct:
-    """The product with the bias that is added to it, each row's own, where one is."""
-    result, bias = with_bias(product.node, lambda node: picked(node) is not None)
+def with_vectors(product: StackedProduct) -> StackedProduct:
+    """The product with the bias that is added to it, each row's own, and the norm after it."""
+    result, bias = with_bias(product.node, _is_picked_vector)
     found = picked(bias)
-    if found is None or not is_vectors(found[0]):
-        return product
+    if found is None:
+        return replace(product, norm=norm_after(product.node, _is_picked_vector))
     stack, ids = found
-    nodes = product.nodes | {result, strip(bias)}
-    return replace(product, node=result, nodes=nodes, bias=stack, bias_ids=ids)
+    nodes, norm = product.nodes | {result, strip(bias)}, norm_after(result, _is_picked_vector)
+    return replace(product, node=result, nodes=nodes, bias=stack, bias_ids=ids, norm=norm)
+
+
+def _is_picked_vector(node: fx.Node) -> bool:
+    """Whether it is each row's own vector."""
+    found = picked(node)
+    return found is not None and is_vectors(found[0])
 
 
 def picked(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -162,15 +188,18 @@ def _assemble(first: list[StackedProduct], down: StackedProduct) -> Bodies:
     assert inner is not None
     if down.groups != first[0].groups:
         raise Refuse("the two products of the experts group their rows differently", down.node)
-    ups = [p.step("up", place) for place, p in enumerate(first)]
+    ups = [p.up_step(place) for place, p in enumerate(first)]
+    normed = frozenset() if down.norm is None else down.norm.nodes
     act = Step("act", tuple(p.node for p in first), down.rows)
     return Bodies(
         count=value(down.weight.parts[0]).shape[0],
-        steps=(*ups, act, down.step("down")),
-        nodes=frozenset(inner).union(*(p.nodes for p in (*first, down))),
+        steps=(*ups, act, down.down_step()),
+        nodes=frozenset(inner).union(*(p.nodes for p in (*first, down)), normed),
         up=tuple(p.weight for p in first),
         down=down.weight,
         activation=side_by_side([p.node for p in first], down.rows, inner),
         up_bias=bias_stacks([p.bias and Stack((p.bias,)) for p in first], first[0].node),
         down_bias=down.bias and Stack((down.bias,)),
+        norm=down.norm and down.norm.region,
+        norm_weight=down.norm_weight,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compile.ops.experts import normed
 from moe_compile.rewrite.expert_bodies import Bodies, Step
 from moe_compile.rewrite.normal_form import value
 
@@ -24,7 +25,8 @@ class StandIns:
 
     A product has the width of the real one and rank 2, so that large experts cost little: `up` is
     [E, H, 2], plus `up_bias` [E, 2], then `wide` [2, N]; `narrow` [I, 2], then `down` [E, 2, Hout],
-    plus `down_bias` [E, Hout]. A bias is None where experts give nothing for nothing.
+    plus `down_bias` [E, Hout], times `norm` [E, Hout]. A bias is None where experts give nothing
+    for nothing, the norm where the experts have none of their own.
     """
 
     up: Tensor
@@ -33,6 +35,7 @@ class StandIns:
     narrow: Tensor
     down: Tensor
     down_bias: Tensor | None
+    norm: Tensor | None
 
     @staticmethod
     def draw(bodies: Bodies, hidden: int, generator: torch.Generator) -> list[Tensor]:
@@ -45,13 +48,14 @@ class StandIns:
             (_hidden_width(bodies), _RANK),
             (experts, _RANK, out),
             (experts, out),
+            (experts, out),
         )
         return [positive(size, generator) for size in sizes]
 
     @classmethod
     def of(cls, bodies: Bodies, tensors: tuple[Tensor, ...]) -> "StandIns":
         """The functions of these tensors, in the order of the fields."""
-        up, up_bias, wide, narrow, down, down_bias = tensors
+        up, up_bias, wide, narrow, down, down_bias, norm = tensors
         is_apart = any(step.kind == "up" and step.bias_ids is not None for step in bodies.steps)
         return cls(
             up,
@@ -60,6 +64,7 @@ class StandIns:
             narrow,
             down,
             down_bias if _has_offset(bodies) else None,
+            norm if any(step.normed for step in bodies.steps) else None,
         )
 
     def _product(self, step: Step, rows: Tensor, experts: Any) -> Tensor:
@@ -67,7 +72,9 @@ class StandIns:
         if step.kind == "down":
             result = _multiply(rows @ self.narrow, self.down[experts])
             own = None if step.bias_ids is not None else self.down_bias
-            return result if own is None else result + own[experts]
+            result = result if own is None else result + own[experts]
+            is_here = self.norm is not None and step.norm_ids is None
+            return result * self.norm[experts] if is_here else result  # type: ignore[index]
         return _multiply(rows, self.up[experts])
 
     def _biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:
@@ -75,6 +82,8 @@ class StandIns:
         stack = self.down_bias if step.kind == "down" else self.up_bias
         if step.bias_ids is not None and stack is not None:
             result = result + stack[env[step.bias_ids]]
+        if step.norm_ids is not None and self.norm is not None:
+            result = result * self.norm[env[step.norm_ids]]
         if step.kind == "down":
             return result
         width = value(step.result).shape[-1]
@@ -130,5 +139,8 @@ def _has_offset(bodies: Bodies) -> bool:
     """Whether an expert may give something for a row of zeros; if not, zeros may stand for none."""
     if bodies.down_bias is not None or bodies.up_bias:
         return True
-    sample = torch.zeros(1, _up_width(bodies))
-    return bool(bodies.activation(sample).abs().max() > 0)
+    hidden = bodies.activation(torch.zeros(1, _up_width(bodies)))
+    rows = torch.zeros(1, value(bodies.results[0]).shape[-1])
+    weight = None if bodies.norm_weight is None else torch.ones_like(rows)
+    gives = normed(rows, bodies.norm, weight)
+    return not bool((hidden == 0).all() and (gives == 0).all())

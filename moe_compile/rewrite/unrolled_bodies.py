@@ -17,10 +17,11 @@ from moe_compile.rewrite.expert_bodies import (
 )
 from moe_compile.rewrite.expert_weights import (
     Product,
-    bias_stack_of,
     bias_stacks,
+    norm_weight_of,
     products,
     stack_of,
+    vector_stack_of,
 )
 from moe_compile.rewrite.joined_bodies import around_one_activation
 from moe_compile.rewrite.refuse import Refuse
@@ -92,9 +93,11 @@ def _assemble(by_expert: dict[int, list[Product]]) -> Bodies:
         down=stack_of([body.down.weight for body in bodies]),
         activation=bodies[0].activation,
         up_bias=bias_stacks(
-            [bias_stack_of([body.first[i].bias for body in bodies]) for i in firsts], sample.node
+            [vector_stack_of([body.first[i].bias for body in bodies]) for i in firsts], sample.node
         ),
-        down_bias=bias_stack_of([body.down.bias for body in bodies]),
+        down_bias=vector_stack_of([body.down.bias for body in bodies]),
+        norm=bodies[0].down.norm and bodies[0].down.norm.region,
+        norm_weight=norm_weight_of([body.down.norm for body in bodies]),
     )
 
 
@@ -123,8 +126,8 @@ class _Body:
         region = side_by_side([p.node for p in first], down.operand, inner)
         biased = [p.bias is not None for p in (*first, down)]
         layout = [(p.weight.family, p.weight.transposed, p.node.target) for p in (*first, down)]
-        text = f"{signature_of(down.operand, order, {})} {layout} {biased}"
-        products_own = frozenset[fx.Node]().union(*(p.nodes for p in (*first, down)))
+        text = f"{signature_of(down.operand, order, {})} {layout} {biased} {down.norm_signature}"
+        products_own = down.last_nodes.union(*(p.nodes for p in first))
         return cls(first, down, products_own | inner, region, text)
 
     def steps(self, expert: int) -> list[Step]:
@@ -134,4 +137,5 @@ class _Body:
         ]
         hidden = self.down.operand
         act = Step("act", tuple(p.node for p in self.first), hidden, expert)
-        return [*products, act, Step("down", (hidden,), self.down.node, expert)]
+        normed = self.down.is_normed
+        return [*products, act, Step("down", (hidden,), self.down.end, expert, normed=normed)]

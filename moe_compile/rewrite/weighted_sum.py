@@ -21,6 +21,8 @@ def weighted_sum(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     *,
+    norm: Callable[..., Tensor] | None = None,
+    norm_weight: Tensor | None = None,
     transposed: bool,
     weigh_input: bool,
     full: bool,
@@ -29,7 +31,8 @@ def weighted_sum(
     """`ops.experts`, with what models do around it; runs on tensors and writes graphs.
 
     Args:
-        x, up, down, activation, up_bias, down_bias, transposed, weigh_input: see `ops.experts`.
+        x, up, down, activation, up_bias, down_bias, norm, norm_weight, transposed, weigh_input: see
+            `ops.experts`.
         ids: [T, K], or [T] for one pick, or [B, S, K]; -1 for a pick that does not count.
         weights: the same; where `full`, those of all choices.
         full: whether the picked weights are still to be taken out.
@@ -50,6 +53,8 @@ def weighted_sum(
         activation,
         up_bias,
         down_bias,
+        norm=norm,
+        norm_weight=norm_weight,
         transposed=transposed,
         weigh_input=weigh_input,
     )

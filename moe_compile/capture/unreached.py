@@ -67,12 +67,12 @@ def _seen(model: nn.Module, groups: list[Group], read: list[set[str]]) -> set[in
 
 
 def _expert_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a stack of matrices, or with a row of alike MLPs, and with a router nearby."""
+    """Modules with stacks of matrices, flat ones too, or a row of alike MLPs, and a router near."""
     layers = units(model)
     for name, module in model.named_modules():
         counts = [*_stacks(module), *_row(module)]
-        near = _within(name, layers) or name.rpartition(".")[0]
-        if any(_routes(model.get_submodule(near), module, count) for count in counts):
+        near = model.get_submodule(_within(name, layers) or name.rpartition(".")[0])
+        if _is_flat(module, near) or any(_routes(near, module, count) for count in counts):
             yield name, module
 
 
@@ -80,6 +80,18 @@ def _stacks(module: nn.Module) -> list[int]:
     """How many matrices each of its stacks has."""
     own = [] if isinstance(module, _ConvNd) else module.parameters(recurse=False)
     return [p.shape[0] for p in own if p.dim() == 3 and p.shape[0] > 1]
+
+
+def _is_flat(module: nn.Module, near: nn.Module) -> bool:
+    """Whether it holds matrices alike, in whose rows lie as many experts as a router scores."""
+    own = [p for p in module.parameters(recurse=False) if p.dim() == 2]
+    shapes = {p.shape for p in own}
+    if len(own) < 2 or len(shapes) > 1:
+        return False
+    ((rows, width),) = shapes
+    beside = [p for p in near.parameters() if p.dim() == 2 and not any(p is o for o in own)]
+    counts = [p.shape[0] for p in beside if p.shape[1] == width]
+    return any(1 < count < rows and rows % count == 0 for count in counts)
 
 
 def _row(module: nn.Module) -> list[int]:

@@ -241,6 +241,20 @@ class Row(nn.Module):
         return self.experts[0](x)
 
 
+class Flat(nn.Module):
+    """Experts whose matrices lie below each other, beside a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.rand(4 * 6, 8))
+        self.experts.down = nn.Parameter(torch.rand(4 * 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x) @ self.experts.up.view(4, 48)
+
+
 class TwoPaths(nn.Module):
     """The experts of images are beside those of text."""
 
@@ -253,7 +267,10 @@ class TwoPaths(nn.Module):
         return self.norm(x) if pixels is None else self.images(pixels)
 
 
-@pytest.mark.parametrize(("images", "name"), [(Experts(), "images"), (Row(), "images.experts")])
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [(Experts(), "images"), (Row(), "images.experts"), (Flat(), "images.experts")],
+)
 def test_experts_that_the_probe_does_not_reach_are_refused(images: nn.Module, name: str) -> None:
     sites = explain(Model(TwoPaths(images), TwoPaths(images))).sites
     reason = "a call with the example inputs does not reach it; pass example_inputs that do"

@@ -154,9 +154,21 @@ class EveryExpertHit(TorchFunctionMode):
 
 
 def _item(getitem: Any, tensor: Tensor, index: Any) -> Any:
-    if isinstance(index, HitRow):
-        return getitem(tensor, int(index)).unsqueeze(0)
-    return getitem(tensor, _with_sizes(index))
+    if isinstance(index, Hit) and _is_beyond(index, tensor):
+        # The number of picks that live on other ranks, which on one device are none: without
+        # tokens, any weights do.
+        item = tensor.new_zeros(tensor.shape[1:])
+    elif isinstance(index, Hit):
+        item = getitem(tensor, int(index))
+    else:
+        return getitem(tensor, _with_sizes(index))
+    return item.unsqueeze(0) if isinstance(index, HitRow) else item
+
+
+def _is_beyond(index: Hit, tensor: Tensor) -> bool:
+    """Whether it is the number after that of the last expert."""
+    count: Any = tensor.shape[0]
+    return isinstance(count, int) and index == count
 
 
 def _with_sizes(index: Any) -> Any:

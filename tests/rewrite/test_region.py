@@ -52,7 +52,16 @@ def where(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.0)
 
 
+def normalized(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def normalized_by_torch(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (8,))
+
+
 ROW_WISE = [swiglu, relu_squared, interleaved, joined, picked, where, F.silu, torch.tanh]
+ROW_WISE += [normalized, normalized_by_torch]
 
 
 @pytest.mark.parametrize("function", ROW_WISE)
@@ -98,7 +107,17 @@ def crossed(x: Tensor) -> Tensor:
     return x * (x[:, 0] * x[:, :1])[:, :1]
 
 
+def mean_of_all(x: Tensor) -> Tensor:
+    return x * x.mean((0, 1), keepdim=True)
+
+
+def dropped(x: Tensor) -> Tensor:
+    return F.dropout(x, 0.5)
+
+
 MIXING = {
+    mean_of_all: "aten.mean.dim in the activation may mix tokens",
+    dropped: "aten.dropout.default in the activation draws random numbers",
     over_rows: "aten.softmax.int in the activation may mix tokens",
     first_row: "aten.slice.Tensor in the activation may mix tokens",
     flipped: "aten.flip.default in the activation may mix tokens",
@@ -110,7 +129,7 @@ MIXING = {
 
 
 @pytest.mark.parametrize("function", MIXING)
-def test_refuses_what_may_mix_rows(function: Function) -> None:
+def test_refuses_what_is_not_row_by_row(function: Function) -> None:
     region = region_of(function)
     with pytest.raises(Refuse, match=f"^{MIXING[function]}$") as refused:
         check_row_wise(region)

@@ -5,6 +5,7 @@ contiguous anew: half of the time of a trace, for the same few products.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Hashable
 from typing import Any
 from unittest import mock
@@ -50,6 +51,7 @@ def _remembering(name: str, operation: Callable[..., SymNode]) -> Callable[..., 
         key = (name, left.expr, left.pytype, right.expr, right.pytype)
         if key not in env.results:
             env.results[key] = operation(left, right)
-        return env.results[key]
+        # The tracer tells sizes apart by their objects: one that two tensors share is the first's.
+        return copy.copy(env.results[key])
 
     return remember

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.rewrite.expert_bodies import TRANSPARENT, count_from_back
@@ -60,6 +60,8 @@ class _Growing:
 
     def _takes_weight(self, node: fx.Node) -> bool:
         """Adds a value that is computed from one vector, number by number."""
+        if not isinstance(value(node), Tensor):
+            return False
         path = set[fx.Node]()
         while node.target in TRANSPARENT or (is_pointwise(node) and not self.is_own(node)):
             if len(node.all_input_nodes) != 1:

@@ -106,12 +106,18 @@ def is_row_wise(node: fx.Node, rows: list[str], of_rows: set[fx.Node]) -> bool:
         return False
     if is_pointwise(node):
         # Broadcasting to a higher rank could pair rows, but for a vector that is the same for all.
-        vectors = {n for n in node.all_input_nodes if n not in of_rows and value(n).dim() == 1}
-        ranks = {value(source).dim() for source in node.all_input_nodes if source not in vectors}
-        return ranks == {value(node).dim()}
-    rank = max(value(n).dim() for n in (node, *node.all_input_nodes))
+        sources = _tensors(node.all_input_nodes)
+        vectors = {n for n in sources if n not in of_rows and value(n).dim() == 1}
+        return {value(n).dim() for n in sources if n not in vectors} == {value(node).dim()}
+    # Of a node and what it is computed from, the larger counts.
+    rank = max(value(n).dim() for n in _tensors([node, *node.all_input_nodes]))
     dims = _dimensions(node, rank)
     return bool(dims) and all(dim % rank >= len(rows) for dim in dims)
+
+
+def _tensors(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Those of the nodes that are no sizes."""
+    return [node for node in nodes if isinstance(value(node), Tensor)]
 
 
 def _dimensions(node: fx.Node, rank: int) -> list[int]:

@@ -241,18 +241,28 @@ class Row(nn.Module):
         return self.experts[0](x)
 
 
+class Below(nn.Module):
+    """The matrices of four experts, below each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.rand(4 * 6, 8))
+        self.down = nn.Parameter(torch.rand(4 * 6, 8))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores @ self.up.view(4, 48)
+
+
 class Flat(nn.Module):
-    """Experts whose matrices lie below each other, beside a router."""
+    """Such experts beside a router."""
 
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(8, 4)
-        self.experts = nn.Module()
-        self.experts.up = nn.Parameter(torch.rand(4 * 6, 8))
-        self.experts.down = nn.Parameter(torch.rand(4 * 6, 8))
+        self.experts = Below()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.router(x) @ self.experts.up.view(4, 48)
+        return self.experts(self.router(x))
 
 
 class TwoPaths(nn.Module):

@@ -104,9 +104,13 @@ def traceable(*modules: nn.Module, assumed: Callable[[], None] = lambda: None) -
 
     `assumed` is called whenever their code got an answer that another routing may not give.
     """
-    hit = EveryExpertHit(assumed)
-    outer = (free_conversions(), symbolic_ints(modules), remembered_arithmetic())
-    with outer[0], outer[1], outer[2], AnyDtypeGroupedMM(), hit:
+    with (
+        free_conversions(),
+        symbolic_ints(modules),
+        remembered_arithmetic(),
+        AnyDtypeGroupedMM(),
+        EveryExpertHit(assumed),
+    ):
         yield
 
 

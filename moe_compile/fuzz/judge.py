@@ -39,7 +39,7 @@ FRESH = ((1, 5), (3, 7), (1, 2))
 TOLERANCE = 1e-4
 
 _WITH_AUTOCAST = 8
-"""Of so many blocks one is captured for autocast, too, which takes as long as all the rest."""
+"""Of so many blocks one is captured for autocast, too, which nearly doubles its time."""
 _NEGLIGIBLE = 1e-2
 
 Optimize = Callable[..., nn.Module]

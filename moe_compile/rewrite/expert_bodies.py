@@ -31,6 +31,11 @@ class Stack:
     parts: tuple[fx.Node, ...]
     transposed: bool = False
 
+    @property
+    def count(self) -> int:
+        """How many experts it has something for."""
+        return len(self.parts) if len(self.parts) > 1 else value(self.parts[0]).shape[0]
+
 
 @dataclass(frozen=True)
 class Stacks:
@@ -117,6 +122,13 @@ class Bodies:
     down_bias: Stack | None = None
     norm: Region | None = None
     norm_weight: Stack | fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        given = (*self.up, self.down, *self.up_bias, self.down_bias, self.norm_weight)
+        for stack in given:
+            if isinstance(stack, Stack) and stack.count != self.count:
+                reason = f"{stack.parts[0]} has parts for {stack.count} experts of {self.count}"
+                raise Refuse(reason, stack.parts[0])
 
     @property
     def rows(self) -> fx.Node:

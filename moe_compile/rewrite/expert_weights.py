@@ -64,8 +64,9 @@ class Product:
         """A spelling of the norm that is equal for equal ones."""
         if self.norm is None:
             return ""
-        weight = {} if self.norm.weight is None else {self.norm.weight: 1}
-        return signature_of(self.norm.result, {self.node: 0} | weight, {})
+        # The weight of all is named in it; of their own ones, each has another.
+        own = {self.norm.weight: 1} if self.norm.weight is not None and self.norm.is_own else {}
+        return signature_of(self.norm.result, {self.node: 0} | own, {})
 
     @property
     def is_normed(self) -> bool:
@@ -197,14 +198,17 @@ def stack_of(weights: list[Weight]) -> Stack:
     return Stack(tuple(weight.node for weight in weights), transposed)
 
 
-def vector_stack_of(biases: list[fx.Node | None]) -> Stack | None:
+def vector_stack_of(vectors: list[fx.Node | None]) -> Stack | None:
     """The same for biases and weights of norms; None where there are none."""
-    if biases[0] is None:
+    if vectors[0] is None:
         return None
-    parts = [_part_of_stack(strip(bias)) for bias in biases]
-    if parts[0] is not None:
-        return Stack((parts[0][0],))
-    return Stack(tuple(strip(bias) for bias in biases))
+    parts = [_part_of_stack(strip(vector)) for vector in vectors]
+    wholes = {signature_of(part[0], {}, {}): part[0] for part in parts if part is not None}
+    whole = next(iter(wholes.values()), None)
+    # Of one stack alone, and of all of it: another model may take vectors from here and there.
+    if whole is None or len(wholes) > 1 or value(whole).shape[0] != len(vectors) or None in parts:
+        return Stack(tuple(strip(vector) for vector in vectors))
+    return Stack((whole,))
 
 
 def norm_weight_of(norms: Sequence[Norm | None]) -> Stack | fx.Node | None:

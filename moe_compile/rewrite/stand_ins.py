@@ -73,8 +73,8 @@ class StandIns:
             result = _multiply(rows @ self.narrow, self.down[experts])
             own = None if step.bias_ids is not None else self.down_bias
             result = result if own is None else result + own[experts]
-            is_here = self.norm is not None and step.norm_ids is None
-            return result * self.norm[experts] if is_here else result  # type: ignore[index]
+            scale = None if step.norm_ids is not None else self.norm
+            return result if scale is None else result * scale[experts]
         return _multiply(rows, self.up[experts])
 
     def _biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
 from moe_compile import OptimizeConfig
-from moe_compile.fuzz.judge import judge
+from moe_compile.fuzz.judge import difference, judge, measure
 from moe_compile.fuzz.spec import BlockSpec
 from tests.pairs import error
 from tests.rewrite.normed_block import EXPERTS, HIDDEN, Block
@@ -58,6 +59,48 @@ def test_under_autocast_behind_a_norm_in_another_precision() -> None:
     assert kinds["experts"] == "rewritten"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(model(x), expected) < 2e-2
+
+
+class Mixed(nn.Module):
+    """The first expert has other vectors than the rest, or there are `more` than experts."""
+
+    def __init__(self, vectors: str) -> None:
+        super().__init__()
+        self.vectors = vectors
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.up = nn.Parameter(torch.randn(EXPERTS, 8, HIDDEN) * 0.3)
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 8) * 0.3)
+        self.first = nn.Parameter(torch.rand(HIDDEN) + 0.5)
+        self.rest = nn.Parameter(torch.rand(HIDDEN) + 0.5)
+        self.biases = nn.ParameterList(torch.randn(EXPERTS, HIDDEN) for _ in range(2))
+        self.more = nn.Parameter(torch.randn(EXPERTS + 1, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, HIDDEN)
+        weights, ids = self.gate(tokens).softmax(-1).topk(2)
+        out = torch.zeros_like(tokens)
+        for e in range(EXPERTS):
+            token, pick = torch.where(ids == e)
+            rows = F.linear(F.silu(F.linear(tokens[token], self.up[e])), self.down[e])
+            if self.vectors == "biases":
+                rows = rows + self.biases[int(e > 0)][e]
+            elif self.vectors == "more":
+                rows = rows + self.more[e + 1]
+            else:
+                rows = F.rms_norm(rows, (HIDDEN,), self.rest if e else self.first, 1e-6)
+            out = out.index_add(0, token, rows * weights[token, pick, None])
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("vectors", ["biases", "more", "norms"])
+def test_vectors_from_here_and_there_are_not_mixed_up(vectors: str) -> None:
+    """Also where nothing is verified."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Mixed(vectors)), torch.randn(2, 6, HIDDEN)
+    expected = measure(model, x)
+    config = OptimizeConfig(compile=False, verify="off")
+    moe_compile.optimize(model, config=config, example_inputs=(x,))
+    assert difference(expected, measure(model, x)) is None
 
 
 class WideNorm(nn.Module):

@@ -34,7 +34,8 @@ class Stack:
     @property
     def count(self) -> int:
         """How many experts it has something for."""
-        return len(self.parts) if len(self.parts) > 1 else value(self.parts[0]).shape[0]
+        first, *others = self.parts
+        return len(self.parts) if others else value(first).shape[0]
 
 
 @dataclass(frozen=True)

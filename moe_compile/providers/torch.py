@@ -193,14 +193,21 @@ def _experts(
     rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
     if up_bias is not None:
         rows = rows + _BiasRows.apply(up_bias, expert, offs)
-    rows = grouped_linear(activation(rows).to(down.dtype), down, offs, not transposed)
-    if down_bias is not None:
-        rows = rows + _BiasRows.apply(down_bias, expert, offs)
-    if norm_weight is not None and norm_weight.dim() == 2:
-        norm_weight = _BiasRows.apply(norm_weight, expert, offs)
-    rows = normed(rows, norm, norm_weight)
-    if not weigh_input:
+    rows = activation(rows)
+    weigh_inside = norm is None and not weigh_input
+    if weigh_inside:
+        # The last product is linear: weighed before it, its rows are neither kept nor read again
+        # for the gradient of the weights.
         rows = rows * weight
+    rows = grouped_linear(rows.to(down.dtype), down, offs, not transposed)
+    if down_bias is not None:
+        bias = _BiasRows.apply(down_bias, expert, offs)
+        rows = rows + (bias * weight if weigh_inside else bias)
+    if norm is not None:
+        if norm_weight is not None and norm_weight.dim() == 2:
+            norm_weight = _BiasRows.apply(norm_weight, expert, offs)
+        rows = normed(rows, norm, norm_weight)
+        rows = rows if weigh_input else rows * weight
     out: Tensor = _Collect.apply(rows, order, inverse, picks)
     return out.to(x.dtype)
 

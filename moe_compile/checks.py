@@ -112,7 +112,6 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
             config.activation_checkpointing != "none",
             "call model.gradient_checkpointing_enable() instead",
         ),
-        "loss": (config.loss == "fused", "leave it out: the model computes its own loss"),
         "deterministic": (
             config.deterministic,
             "call torch.use_deterministic_algorithms(True) instead",

@@ -52,7 +52,9 @@ class OptimizeConfig:
             every rank. A call that breaks it is a `ValueError`; all_to_all has no use for it.
         providers: `"auto"`, or canonical op name -> the provider that must implement it.
         activation_checkpointing: what the backward recomputes.
-        loss: compute the loss from hidden states (`"fused"`) or as the model does (`"model"`).
+        loss: `"fused"`: in training the logits are computed when something reads them, and never
+            where only their cross-entropy is; a model that this cannot be done to is a
+            `ValueError`. `"model"`: as the model does. `"auto"`: fused where it can be.
         autocast: prepare the layers for calls under autocast to bfloat16, too. With False such
             calls run the model's own code, and `optimize` takes about 0.6 of the time.
         verify: check every rewrite against the original on small inputs; what fails is refused.

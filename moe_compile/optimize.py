@@ -20,6 +20,7 @@ from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.compile import compile_units
+from moe_compile.install.head import HeadPlan, install_head, plan_head
 from moe_compile.install.sites import Installation, install, prepare
 from moe_compile.parallel.agree import check_agreement
 from moe_compile.parallel.fsdp import check_ties
@@ -47,6 +48,7 @@ class Work:
     units: list[list[UnitGraph]] = field(default_factory=list[list[UnitGraph]])
     installations: list[Installation] = field(default_factory=list[Installation])
     missed: list[Missed] = field(default_factory=list[Missed])
+    head: HeadPlan | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
@@ -93,6 +95,7 @@ def optimize(
     with work.timed("install"):
         for installation in work.installations:
             install(model, installation)
+        install_head(model, work.head)
     with work.timed("compile"):
         compile_units(model, work.groups, config, work.device)
     if work.layout is not None:
@@ -144,7 +147,7 @@ def _analyze(
     check_mesh(mesh, model)
     check_config(config, mesh)
     check_passes(pipeline)
-    work = Work(layout_of(mesh))
+    work = Work(layout_of(mesh), head=plan_head(model, config))
     with work.timed("probe"):
         shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
         work.device = shadow.device
@@ -218,4 +221,5 @@ def graph_lines(graph: fx.Graph, device: torch.device) -> list[str]:
 def _summary(work: Work) -> Report:
     mesh = {} if work.layout is None else work.layout.sizes
     found = work.groups, work.units, work.installations, work.missed
-    return summarize(*found, mesh, work.seconds)
+    head = [] if work.head is None else [work.head.site]
+    return summarize(*found, head, mesh, work.seconds)

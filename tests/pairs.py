@@ -61,9 +61,10 @@ def step(model: nn.Module, **call: Any) -> dict[str, Tensor]:
     """Loss, logits and every gradient of one call."""
     model.zero_grad()
     result = model(**call)
+    logits = result.logits.detach()
     result.loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": result.loss.detach(), "logits": result.logits.detach()} | gradients
+    return {"loss": result.loss.detach(), "logits": logits} | gradients
 
 
 def error(value: Tensor, reference: Tensor) -> float:

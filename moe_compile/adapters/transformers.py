@@ -96,6 +96,13 @@ def _image(config: Any, batch: torch.SymInt, device: torch.device) -> torch.Tens
     return torch.zeros(batch, channels, height, width, device=device)
 
 
+def head(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The module that gives a language model's logits, and its name; None where none is known."""
+    own = base_model(model).get_output_embeddings() if is_pretrained(model) else None
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(own), ""), own
+
+
 def quantisation(model: nn.Module) -> str | None:
     """The name of the model's quantisation method, or None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)

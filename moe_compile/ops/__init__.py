@@ -6,6 +6,7 @@ from moe_compile.ops.combine import combine
 from moe_compile.ops.dispatch import dispatch
 from moe_compile.ops.experts import experts
 from moe_compile.ops.gated_mlp import gated_mlp
+from moe_compile.ops.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.rms_norm import rms_norm
 from moe_compile.ops.rotary import rotary
 
@@ -18,6 +19,7 @@ __all__ = [
     "dispatch",
     "experts",
     "gated_mlp",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_compile import ops
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad
+from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
@@ -216,6 +217,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.attention: _attention,
     ops.experts: _experts,
     ops.gated_mlp: ops.gated_mlp.reference,
+    ops.linear_cross_entropy: linear_cross_entropy,
     ops.rms_norm: _rms_norm,
     ops.rotary: ops.rotary.reference,
 }
@@ -224,6 +226,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
 _SAME_DTYPE: dict[CanonicalOp[..., Any], tuple[str, ...]] = {
     ops.attention: ("query", "key", "value", "mask", "sinks"),
     ops.experts: ("up", "down", "up_bias", "down_bias"),
+    ops.linear_cross_entropy: ("x", "weight", "bias"),
 }
 """The arguments that torch's kernels want in the first one's dtype; a mask may also be bool."""
 

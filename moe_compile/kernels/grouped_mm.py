@@ -52,7 +52,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
-def _mask_tail(rows: Tensor, offs: Tensor) -> Tensor:
+def mask_tail(rows: Tensor, offs: Tensor) -> Tensor:
     """`rows`, and their gradient, with zeros beyond offs[-1]; never waits for the device."""
     index = torch.arange(rows.shape[0], device=rows.device)
     return torch.where(index[:, None] < offs[-1], rows, 0.0)
@@ -81,7 +81,7 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> 
     # The columns of `F.grouped_mm`'s output may be padded.
     out = F.grouped_mm(x, w, offs=offs).contiguous()
     if x.device.type != "cpu":
-        return _mask_tail(out, offs)
+        return mask_tail(out, offs)
     out[offs[-1] :] = 0  # 100 times faster than the mask
     return out
 
@@ -151,9 +151,11 @@ def _native_in_graph(x: Tensor, w: Tensor) -> bool:
 
 
 def grouped_linear(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
-    """`grouped_mm`, by torch's own op where Inductor can see into it: bfloat16 on CUDA."""
+    """`grouped_mm`, by torch's own op where Inductor can see into it: bfloat16 on CUDA.
+
+    There rows beyond offs[-1] hold anything, and so do those of x's gradient.
+    """
     matrices = w.mT if transposed else w
     if x.device.type == "cuda" and _native(x, matrices) and _native_in_graph(x, matrices):
-        # Masked on both sides, for the sake of the output and of x's gradient; Inductor fuses both.
-        return _mask_tail(F.grouped_mm(_mask_tail(x, offs), matrices, offs=offs), offs)
+        return F.grouped_mm(x, matrices, offs=offs)
     return grouped_mm(x, w, offs, transposed)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
-from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad
+from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
+from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
@@ -112,38 +113,21 @@ def _attention(
     return _sdpa(query, key, value, mask, scale, False, dropout)
 
 
-class _Spread(torch.autograd.Function):
-    """x[T, H] to a row for each pick, in the experts' order; the adjoint of `_Collect`.
-
-    Autograd's own backward of a gather adds row by row, in the rows' dtype and on CUDA in any
-    order. The picks being a permutation, it is a gather and a sum too.
-    """
+class _Arrange(torch.autograd.Function):
+    """weights[T K, 1] in the experts' order; the gradient of what lives elsewhere is zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, picks: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        ctx.picks = picks
-        return x.index_select(0, order // picks)
+    def forward(
+        ctx: Any, weights: Tensor, order: Tensor, inverse: Tensor, offs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, offs)
+        return weights.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_x: Tensor = _Collect.apply(grads[0], *ctx.saved_tensors, ctx.picks)
-        return grad_x, None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Rows in the experts' order to each token's sum; the adjoint of `_Spread`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, picks: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        ctx.picks = picks
-        return rows.index_select(0, inverse).view(-1, picks, rows.shape[1]).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_rows: Tensor = _Spread.apply(grads[0], *ctx.saved_tensors, ctx.picks)
-        return grad_rows, None, None, None
+        inverse, offs = ctx.saved_tensors
+        own = grads[0].index_select(0, inverse)
+        return torch.where((inverse < offs[-1])[:, None], own, 0), None, None, None
 
 
 class _BiasRows(torch.autograd.Function):
@@ -180,18 +164,15 @@ def _experts(
     weigh_input: bool = False,
 ) -> Tensor:
     num_experts, picks = up.shape[0], ids.shape[1]
-    # -1 becomes E: it sorts last, and the products are zero beyond the last expert's rows.
-    expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
-    inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-    # Where each expert's rows end. bincount would wait for the device, and Triton fails to compile
-    # Inductor's searchsorted.
-    offs = (expert <= torch.arange(num_experts, device=x.device)[:, None]).sum(1, dtype=torch.int32)
-
-    weight: Tensor = _Spread.apply(weights.reshape(-1, 1), order, inverse, 1)
-    rows: Tensor = _Spread.apply(x, order, inverse, picks)
+    grouped = order, inverse, offs = group_picks(ids, num_experts)
+    weight: Tensor = _Arrange.apply(weights.reshape(-1, 1), *grouped)
+    rows = spread_rows(x, *grouped, picks)
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
     rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
+    per_expert = up_bias, down_bias, norm_weight
+    has_vectors = any(t is not None and t.dim() == 2 for t in per_expert)
+    expert = _expert_of_rows(ids, order, num_experts) if has_vectors else order
     if up_bias is not None:
         rows = rows + _BiasRows.apply(up_bias, expert, offs)
     rows = activation(rows)
@@ -207,10 +188,15 @@ def _experts(
     if norm is not None:
         if norm_weight is not None and norm_weight.dim() == 2:
             norm_weight = _BiasRows.apply(norm_weight, expert, offs)
-        rows = normed(rows, norm, norm_weight)
+        # The gradient of a weight for all experts sums all rows, so none may hold just anything.
+        rows = normed(mask_tail(rows, offs), norm, norm_weight)
         rows = rows if weigh_input else rows * weight
-    out: Tensor = _Collect.apply(rows, order, inverse, picks)
-    return out.to(x.dtype)
+    return collect_rows(rows, *grouped, picks).to(x.dtype)
+
+
+def _expert_of_rows(ids: Tensor, order: Tensor, num_experts: int) -> Tensor:
+    """The expert of each row; E for a pick that lives elsewhere."""
+    return (ids.flatten() % (num_experts + 1)).index_select(0, order)
 
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {

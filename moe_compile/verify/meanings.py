@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels import grouped_mm as _register_ops  # noqa: F401  # pyright: ignore
+from moe_compile.kernels.expert_rows import collect_meaning, spread_meaning
 from moe_compile.verify.oracle import INTERPRETERS
 
 
@@ -27,5 +28,15 @@ def _grouped_mm_weight_grad(x: Tensor, g: Tensor, offs: Tensor) -> Tensor:
     return torch.stack([x[rows].t() @ g[rows] for rows in _groups(offs)])
 
 
+def _spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
+    return spread_meaning(x, order, picks)
+
+
+def _collect_rows(rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
+    return collect_meaning(rows, inverse, offs, picks)
+
+
 INTERPRETERS[torch.ops.moe_compile.grouped_mm.default] = _grouped_mm
 INTERPRETERS[torch.ops.moe_compile.grouped_mm_weight_grad.default] = _grouped_mm_weight_grad
+INTERPRETERS[torch.ops.moe_compile.spread_rows.default] = _spread_rows
+INTERPRETERS[torch.ops.moe_compile.collect_rows.default] = _collect_rows

@@ -1,0 +1,112 @@
+"""The Triton kernels of `expert_rows`; imported where there is a GPU, as Triton comes with CUDA.
+
+Every kernel is deterministic: no atomics, and sums in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PICKS = 128
+"""Picks that one program ranks, by comparing each with each."""
+
+_COLUMNS = 2048
+"""The most columns of a row that one program holds."""
+
+
+@triton.jit
+def _bins(ids, start, num_picks, num_experts, bins: tl.constexpr, size: tl.constexpr):
+    """The bin of each of a program's picks: its expert, E for -1, and the last one beyond them."""
+    at = start + tl.arange(0, size)
+    own = tl.load(ids + at, mask=at < num_picks, other=0).to(tl.int32)
+    own = tl.where(own < 0, num_experts, own)
+    return tl.where(at < num_picks, own, bins - 1)
+
+
+@triton.jit
+def _count(ids, counts, num_picks, num_experts, bins: tl.constexpr, size: tl.constexpr):
+    """counts[bin, program]: how many of a program's picks are of each bin."""
+    program = tl.program_id(0)
+    own = _bins(ids, program * size, num_picks, num_experts, bins, size)
+    every = tl.arange(0, bins)
+    tl.store(counts + every * tl.num_programs(0) + program, tl.histogram(own, bins))
+
+
+@triton.jit
+def _place(
+    ids, ends, counts, order, inverse, num_picks, num_experts, bins: tl.constexpr, size: tl.constexpr
+):
+    """The row of each pick: after those of earlier bins, and of its own bin in order."""
+    program = tl.program_id(0)
+    start = program * size
+    own = _bins(ids, start, num_picks, num_experts, bins, size)
+    index = tl.arange(0, size)
+    is_before = (own[:, None] == own[None, :]) & (index[None, :] < index[:, None])
+    cell = own * tl.num_programs(0) + program
+    row = tl.load(ends + cell) - tl.load(counts + cell) + tl.sum(is_before.to(tl.int32), axis=1)
+    is_pick = start + index < num_picks
+    tl.store(inverse + start + index, row, mask=is_pick)
+    tl.store(order + row, start + index, mask=is_pick)
+
+
+def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_rows.group_picks` on a GPU: a counting sort of two passes over the picks."""
+    num_picks = ids.numel()
+    programs = max(1, triton.cdiv(num_picks, _PICKS))
+    bins = triton.next_power_of_2(num_experts + 2)
+    counts = torch.empty(bins, programs, dtype=torch.int32, device=ids.device)
+    order, inverse = (counts.new_empty(num_picks) for _ in range(2))
+    ids = ids.contiguous()
+    _count[(programs,)](ids, counts, num_picks, num_experts, bins, _PICKS)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32)
+    sizes = num_picks, num_experts, bins, _PICKS
+    _place[(programs,)](ids, ends, counts, order, inverse, *sizes)
+    return order, inverse, ends.view(bins, programs)[:num_experts, -1].contiguous()
+
+
+@triton.jit
+def _spread(x, order, out, width, picks: tl.constexpr, size: tl.constexpr):
+    """A row of x for each pick."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * size + tl.arange(0, size)
+    token = (tl.load(order + row) // picks).to(tl.int64)
+    values = tl.load(x + token * width + columns, mask=columns < width)
+    tl.store(out + row * width + columns, values, mask=columns < width)
+
+
+@triton.jit
+def _collect(rows, inverse, limit, out, width, picks: tl.constexpr, size: tl.constexpr):
+    """The sum of each token's rows in float32, without those from `limit` on."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * size + tl.arange(0, size)
+    total = tl.zeros([size], tl.float32)
+    count = tl.load(limit)
+    for pick in tl.static_range(picks):
+        row = tl.load(inverse + token * picks + pick).to(tl.int64)
+        is_real = (columns < width) & (row < count)
+        total += tl.load(rows + row * width + columns, mask=is_real, other=0).to(tl.float32)
+    tl.store(out + token * width + columns, total, mask=columns < width)
+
+
+def _grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
+    size = min(triton.next_power_of_2(width), _COLUMNS)
+    return (rows, triton.cdiv(width, size)), size
+
+
+def spread(x: Tensor, order: Tensor, picks: int) -> Tensor:
+    """`expert_rows.spread_rows` on a GPU."""
+    out = x.new_empty(order.shape[0], x.shape[1])
+    grid, size = _grid(*out.shape)
+    if out.numel():
+        _spread[grid](x.contiguous(), order, out, x.shape[1], picks, size)
+    return out
+
+
+def collect(rows: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
+    """`expert_rows.collect_rows` on a GPU."""
+    out = rows.new_empty(inverse.shape[0] // picks, rows.shape[1])
+    grid, size = _grid(*out.shape)
+    if out.numel():
+        _collect[grid](rows.contiguous(), inverse, offs[-1:], out, rows.shape[1], picks, size)
+    return out

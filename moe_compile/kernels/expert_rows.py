@@ -53,7 +53,7 @@ def spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: 
     if x.is_cuda:
         from moe_compile.kernels import row_kernels
 
-        return row_kernels.spread(x, order, picks)
+        return row_kernels.spread(x, inverse, picks)
     return spread_meaning(x, order, picks)
 
 

@@ -59,16 +59,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counts = labels != ignore_index
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         scale = counts.sum().to(loss.dtype).reciprocal() if mean else torch.ones_like(loss)
+        new = torch.empty_like if len(x) else torch.zeros_like
         grads = [
-            torch.zeros_like(t) if t is not None and needed else None
+            new(t) if t is not None and needed else None
             for t, needed in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        to_gradient = _compiled(transform) if x.is_cuda else _gradient_of(transform)
         size = max(x.shape[1], _FEWEST_ROWS)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             logits = F.linear(x[rows], weight, bias)
-            loss += to_gradient(logits, labels[rows], counts[rows], scale)
+            loss += _to_gradient(logits, labels[rows], scale, transform, ignore_index)
             _accumulate(grads, x[rows], weight, logits, rows)
         ctx.save_for_backward(*grads)
         return loss
@@ -76,8 +76,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        grads = (None if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
+        # In place, so a second backward is autograd's own error.
+        grads = ctx.saved_tensors
+        for grad in grads:
+            _scale(grad, outer)
         return *grads, None, None, None, None
+
+
+def _scale(grad: Tensor | None, factor: Tensor) -> None:
+    if grad is None:
+        return
+    if not grad.is_cuda or grad.dtype == torch.float64:
+        grad *= factor.to(grad.dtype)
+        return
+    from moe_compile.kernels import loss_kernels
+
+    loss_kernels.scale(grad, factor)
 
 
 def _accumulate(
@@ -87,18 +101,34 @@ def _accumulate(
     grad_x, grad_weight, grad_bias = grads
     if grad_x is not None:
         torch.mm(grad, weight, out=grad_x[rows])
-    if grad_weight is not None:
+    is_first = rows.start == 0
+    if grad_weight is not None and is_first:
+        torch.mm(grad.t(), x, out=grad_weight)
+    elif grad_weight is not None:
         grad_weight.addmm_(grad.t(), x)
     if grad_bias is not None:
-        grad_bias += grad.sum(0)
+        grad_bias.copy_(grad.sum(0) if is_first else grad_bias + grad.sum(0))
+
+
+def _to_gradient(
+    logits: Tensor, labels: Tensor, scale: Tensor, transform: Transform, ignore_index: int
+) -> Tensor:
+    """The scaled sum of the losses of logits [t, V], which become its gradient, in place.
+
+    Labels are [t]; what the transform makes of the logits is what the loss is of.
+    """
+    is_half = logits.dtype in (torch.bfloat16, torch.float16)
+    if logits.is_cuda and transform is _same and (is_half or logits.dtype == torch.float32):
+        from moe_compile.kernels import loss_kernels
+
+        return loss_kernels.to_gradient(logits, labels, scale, ignore_index)
+    run = _compiled(transform) if logits.is_cuda else _gradient_of(transform)
+    return run(logits, labels, labels != ignore_index, scale)
 
 
 @functools.cache
 def _gradient_of(transform: Transform) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """A function of logits [t, V], labels [t], whether each counts [t], and a scale.
-
-    It gives the scaled sum of the losses; the logits become its gradient, in place.
-    """
+    """`_to_gradient` for one transform, of logits, labels, whether each counts, and a scale."""
 
     def to_gradient(logits: Tensor, labels: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
         labels = torch.where(counts, labels, 0)[:, None]

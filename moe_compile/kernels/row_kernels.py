@@ -66,13 +66,14 @@ def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def _spread(x, order, out, width, picks: tl.constexpr, size: tl.constexpr):
-    """A row of x for each pick."""
-    row = tl.program_id(0).to(tl.int64)
+def _spread(x, inverse, out, width, picks: tl.constexpr, size: tl.constexpr):
+    """A token's row to the place of each of its picks."""
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * size + tl.arange(0, size)
-    token = (tl.load(order + row) // picks).to(tl.int64)
     values = tl.load(x + token * width + columns, mask=columns < width)
-    tl.store(out + row * width + columns, values, mask=columns < width)
+    for pick in tl.static_range(picks):
+        row = tl.load(inverse + token * picks + pick).to(tl.int64)
+        tl.store(out + row * width + columns, values, mask=columns < width)
 
 
 @triton.jit
@@ -94,12 +95,12 @@ def _grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
     return (rows, triton.cdiv(width, size)), size
 
 
-def spread(x: Tensor, order: Tensor, picks: int) -> Tensor:
+def spread(x: Tensor, inverse: Tensor, picks: int) -> Tensor:
     """`expert_rows.spread_rows` on a GPU."""
-    out = x.new_empty(order.shape[0], x.shape[1])
-    grid, size = _grid(*out.shape)
+    out = x.new_empty(inverse.shape[0], x.shape[1])
+    grid, size = _grid(*x.shape)
     if out.numel():
-        _spread[grid](x.contiguous(), order, out, x.shape[1], picks, size)
+        _spread[grid](x.contiguous(), inverse, out, x.shape[1], picks, size)
     return out
 
 

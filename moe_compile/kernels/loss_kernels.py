@@ -1,0 +1,83 @@
+"""The Triton kernels of `linear_cross_entropy`; imported where there is a GPU."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 8192
+"""Columns of a row that are read at a time."""
+
+_WARPS = 16
+"""So few rows are under way at once that the second reading of most finds them in the cache."""
+
+
+@triton.jit
+def _to_gradient(
+    logits,
+    labels,
+    scale,
+    losses,
+    ignore_index,
+    width: tl.constexpr,
+    size: tl.constexpr,
+    log2e: tl.constexpr,
+):
+    """The scaled loss of a row; its logits become its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    label = tl.load(labels + row)
+    factor = tl.load(scale)
+    if label == ignore_index:
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            zeros = tl.zeros([size], logits.dtype.element_ty)
+            tl.store(logits + columns, zeros, mask=columns < width)
+        tl.store(losses + row, 0.0)
+    else:
+        own = tl.load(logits + label).to(tl.float32)
+        largest = -float("inf")
+        total = 0.0
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            values = tl.load(logits + columns, mask=columns < width, other=-float("inf"))
+            values = values.to(tl.float32) * log2e
+            larger = tl.maximum(largest, tl.max(values, axis=0))
+            total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(values - larger), axis=0)
+            largest = larger
+        log_sum = largest + tl.log2(total)
+        tl.store(losses + row, (log_sum / log2e - own) * factor)
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            values = tl.load(logits + columns, mask=columns < width, other=0).to(tl.float32)
+            grad = tl.exp2(values * log2e - log_sum) - tl.where(columns == label, 1.0, 0.0)
+            tl.store(logits + columns, grad * factor, mask=columns < width)
+
+
+def to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    """The scaled sum of the losses of logits [T, V]; the logits become its gradient, in place."""
+    rows, width = logits.shape
+    losses = scale.new_empty(rows)
+    log2e = 1.4426950408889634
+    _to_gradient[(rows,)](
+        logits, labels, scale, losses, ignore_index, width, _COLUMNS, log2e, num_warps=_WARPS
+    )
+    return losses.sum()
+
+
+@triton.jit
+def _scale(values, factor, count, size: tl.constexpr):
+    """values *= factor, without reading them where the factor is one."""
+    by = tl.load(factor)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+        scaled = tl.load(values + at, mask=at < count).to(tl.float32) * by
+        tl.store(values + at, scaled, mask=at < count)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply in place; next to nothing where the factor is one, as it mostly is."""
+    size = 4096
+    if values.numel():
+        _scale[(triton.cdiv(values.numel(), size),)](values, factor, values.numel(), size)
+    torch.autograd.graph.increment_version(values)

@@ -5,10 +5,16 @@ python benchmarks/one_gpu.py hf_compile moe_compile --layers 8
 
 Real widths, `--layers` of 48 layers and the whole head, random weights, the real router, bfloat16
 and fused AdamW; a process for each peer. `hf` is transformers with `grouped_mm`, `hf_compile` the
-same with every layer compiled. Times are medians; a step is forward, backward and optimizer.
+same with every layer compiled, `hf_liger` that with Liger's fused linear cross-entropy, and
+`automodel` NeMo AutoModel, whose ports take no labels, so its loss is of bfloat16 logits, with
+torch's kernels and its real gate. A peer that is not installed is left out with a line; AutoModel
+wants another transformers: `AUTOMODEL` may name a folder of packages that its process sees first.
+Times are medians; a step is forward, backward and optimizer. `persistent` is what weights,
+gradients and the optimizer's states take, `peak` is everything.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -16,18 +22,16 @@ import time
 
 import torch
 from machine import describe, markdown
+from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import moe_compile
-
-PEERS = ("hf", "hf_compile", "moe_compile")
+PEERS = ("hf", "hf_compile", "hf_liger", "automodel", "moe_compile")
 VOCABULARY = 151936
 
 
-def build(peer: str, layers: int) -> PreTrainedModel:
-    """The model as the peer trains it."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+def config_of(layers: int) -> Qwen3MoeConfig:
+    """The truncated model's."""
+    return Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=2048,
         moe_intermediate_size=768,
@@ -38,16 +42,54 @@ def build(peer: str, layers: int) -> PreTrainedModel:
         num_experts_per_tok=8,
         norm_topk_prob=True,
         use_cache=False,
-        **{"head_dim": 128},  # the config takes it without declaring it
+        **{"head_dim": 128, "architectures": ["Qwen3MoeForCausalLM"]},
     )
+
+
+def build(peer: str, layers: int) -> PreTrainedModel:
+    """The model as the peer trains it."""
+    torch.manual_seed(0)
+    config = config_of(layers)
+    if peer == "automodel":
+        return automodel(config)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = Qwen3MoeForCausalLM(config).train()
     torch.set_default_dtype(torch.float32)
-    if peer == "hf_compile":
+    if peer == "hf_liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe as apply
+
+        off = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)
+        apply(fused_linear_cross_entropy=True, model=model, **off)
+    if peer in ("hf_compile", "hf_liger"):
         for layer in model.model.layers:
             layer.compile()
-    return moe_compile.optimize(model) if peer == "moe_compile" else model
+    if peer == "moe_compile":
+        import moe_compile
+
+        return moe_compile.optimize(model)
+    return model
+
+
+def automodel(config: Qwen3MoeConfig) -> PreTrainedModel:
+    """NeMo AutoModel's port."""
+    from nemo_automodel import NeMoAutoModelForCausalLM
+    from nemo_automodel.components.models.common import BackendConfig
+
+    kernels = dict.fromkeys(("linear", "rms_norm", "dispatcher"), "torch")
+    backend = BackendConfig(attn="sdpa", experts="torch_mm", fake_balanced_gate=False, **kernels)
+    return NeMoAutoModelForCausalLM.from_config(
+        config, torch_dtype=torch.bfloat16, backend=backend
+    ).train()
+
+
+def loss_of(peer: str, model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The loss of a batch."""
+    if peer != "automodel":
+        return model(input_ids=ids, labels=ids).loss
+    out = model(input_ids=ids)
+    logits = getattr(out, "logits", out)[:, :-1].reshape(-1, VOCABULARY)
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
 
 
 def measure(args: argparse.Namespace) -> tuple[str, ...]:
@@ -62,7 +104,7 @@ def measure(args: argparse.Namespace) -> tuple[str, ...]:
     for _ in range(args.warmup + args.steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = loss_of(args.peers[0], model, ids)
         loss.backward()
         torch.cuda.synchronize()
         passes.append(time.perf_counter() - start)
@@ -73,15 +115,24 @@ def measure(args: argparse.Namespace) -> tuple[str, ...]:
         losses.append(loss.item())
     both, step = (statistics.median(times[args.warmup :]) for times in (passes, steps))
     peak = torch.cuda.max_memory_allocated() / 2**30
+    numbers = sum(p.numel() * p.element_size() for p in model.parameters())
     return (
         args.peers[0],
         f"{both * 1e3:.1f} ms",
         f"{step * 1e3:.1f} ms",
         f"{ids.numel() / both:,.0f}",
+        f"{4 * numbers / 2**30:.1f} GiB",
         f"{peak:.1f} GiB",
         f"{losses[0]:.4f}",
         f"{losses[-1]:.4f}",
     )
+
+
+def environment(peer: str) -> dict[str, str]:
+    """The variables of a peer's process."""
+    folder = os.environ.get("AUTOMODEL") if peer == "automodel" else None
+    paths = [folder, os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def main() -> None:
@@ -104,12 +155,16 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     for peer in args.peers:
         command = [sys.executable, __file__, peer, "--one", *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append(tuple(done.stdout.strip().splitlines()[-1].split("\t")))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(peer))
+        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+        if done.returncode:
+            print(f"{peer} did not run: {lines[-1]}")
+        else:
+            rows.append(tuple(lines[-1].split("\t")))
     print(describe())
     print(f"{args.layers} layers, {args.batch} x {args.length} tokens\n")
-    header = ("peer", "forward, backward", "step", "tokens/s", "peak", "first loss", "last loss")
-    print(markdown(header, rows))
+    header = ("peer", "forward, backward", "step", "tokens/s", "persistent", "peak")
+    print(markdown((*header, "first loss", "last loss"), rows))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def optimize(
     with work.timed("install"):
         for installation in work.installations:
             install(model, installation)
-        install_head(model, work.head)
+        sharded = work.layout is not None and config.fsdp is not False
+        install_head(model, work.head, sharded=sharded)
     with work.timed("compile"):
         compile_units(model, work.groups, config, work.device)
     if work.layout is not None:

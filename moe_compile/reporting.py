@@ -56,7 +56,9 @@ def summarize(
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     graphs = {id(unit.graph): unit for unit in itertools.chain(*units)}
     passes = _passes(list(graphs.values()))
-    return Report((*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), _dispatchers(units))
+    return Report(
+        (*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), _dispatchers(units)
+    )
 
 
 def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:

@@ -87,7 +87,6 @@ UNREADY: list[tuple[str, Any]] = [
     ("max_tokens_per_rank", 8),
     ("activation_checkpointing", "selective"),
     ("activation_checkpointing", "full"),
-    ("loss", "fused"),
     ("deterministic", True),
 ]
 

@@ -31,6 +31,27 @@ class Transform:
             logits = function(logits, *rest)
         return logits
 
+    def only_widens(self, dtype: torch.dtype) -> bool:
+        """Whether it casts logits of `dtype` to float32, if anything, as the loss does itself."""
+        casts = all(step == (Tensor.to, (torch.float32,)) for step in self.steps)
+        return casts and (not self.steps or dtype != torch.float64)
+
+
+@dataclass
+class Backwards:
+    """How many backwards a head has seen whose weight is sharded again after each."""
+
+    count: int = 0
+
+    def follow(self, result: Tensor) -> Tensor:
+        """`result`, whose backward counts."""
+        if result.requires_grad:
+            result.register_hook(self._add)
+        return result
+
+    def _add(self, grad: Tensor) -> None:
+        self.count += 1
+
 
 @dataclass(frozen=True)
 class Head:
@@ -43,6 +64,8 @@ class Head:
         loss: an implementation of `ops.linear_cross_entropy`.
         transform: from the head's output to the logits.
         version: the number of changes of the weight when the head was called.
+        backwards: those of the head, where its weight is sharded; else None.
+        seen: how many there had been when the head was called.
     """
 
     x: Tensor
@@ -51,16 +74,25 @@ class Head:
     loss: Loss
     transform: Transform
     version: int
+    backwards: Backwards | None = None
+    seen: int = 0
 
     def logits(self) -> Tensor:
         """All of them, with their gradients."""
-        if self.weight._version != self.version or self.weight.untyped_storage().nbytes() == 0:
+        resharded = self.backwards is not None and self.backwards.count != self.seen
+        if resharded or self.weight._version != self.version:
             raise RuntimeError(
-                "the logits of a training step were read after the weights had changed, or were "
-                "sharded again; read them before backward, or pass OptimizeConfig(loss='model')"
+                "the logits of a training step were read after the head's weight had "
+                f"{'been sharded again' if resharded else 'changed'}; read them before backward, "
+                "or pass OptimizeConfig(loss='model') to optimize"
             )
         with torch.enable_grad(), _without_autocast(self.x):
-            return self.transform(F.linear(self.x, self.weight, self.bias))
+            logits = self.transform(F.linear(self.x, self.weight, self.bias))
+        return self.followed(logits)
+
+    def followed(self, result: Tensor) -> Tensor:
+        """What was computed with the head's weight."""
+        return result if self.backwards is None else self.backwards.follow(result)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -83,7 +115,7 @@ class _Identity(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         own = dict(zip(("x", "weight", "bias"), leaves, strict=True))
-        logits = replace(ctx.head, **own, version=own["weight"]._version).logits()
+        logits = replace(ctx.head, **own, version=own["weight"]._version, backwards=None).logits()
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(logits, wanted, grads[0]))
         return *(None if t is None else next(found) for t in leaves), None
@@ -198,10 +230,11 @@ def _loss(
             head.weight,
             target,
             head.bias,
-            transform=head.transform if head.transform.steps else None,
+            transform=None if head.transform.only_widens(head.x.dtype) else head.transform,
             ignore_index=ignore_index,
             mean=reduction == "mean",
         )
+    loss = head.followed(loss)
     # As `cross_entropy` does: in float32 under autocast, else in the logits' dtype.
     return loss if torch.is_autocast_enabled(head.x.device.type) else loss.to(logits.dtype)
 

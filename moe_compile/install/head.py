@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_compile import ops
 from moe_compile.adapters import transformers as hf
 from moe_compile.config import OptimizeConfig
-from moe_compile.install.deferred_logits import DeferredLogits, Head, Loss, Transform
+from moe_compile.install.deferred_logits import Backwards, DeferredLogits, Head, Loss, Transform
 from moe_compile.install.forward import bind
 from moe_compile.providers.provider import Call
 from moe_compile.providers.registry import choose
@@ -49,10 +49,14 @@ def plan_head(model: nn.Module, config: OptimizeConfig) -> HeadPlan | None:
     return HeadPlan(_site(name, provider=provider), loss)
 
 
-def install_head(model: nn.Module, plan: HeadPlan | None) -> None:
-    """Binds the deferring forward on a head that is rewritten."""
+def install_head(model: nn.Module, plan: HeadPlan | None, *, sharded: bool) -> None:
+    """Binds the deferring forward on a head that is rewritten.
+
+    Where the head's weight will be `sharded`, logits cannot be read after a backward.
+    """
     if plan is not None and plan.loss is not None:
-        bind(model.get_submodule(plan.site.module), _forward_for(plan.loss))
+        backwards = Backwards() if sharded else None
+        bind(model.get_submodule(plan.site.module), _forward_for(plan.loss, backwards))
 
 
 def _site(name: str, *, provider: str | None = None, reason: str | None = None) -> Site:
@@ -73,7 +77,7 @@ def _choose(head: nn.Module | None, config: OptimizeConfig) -> tuple[str, Loss]:
     return provider.name, provider.implementation(op)
 
 
-def _forward_for(loss: Loss) -> Callable[..., Any]:
+def _forward_for(loss: Loss, backwards: Backwards | None) -> Callable[..., Any]:
     """`nn.Linear.forward`, with deferred logits where a training step may want no more."""
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -86,6 +90,8 @@ def _forward_for(loss: Loss) -> Callable[..., Any]:
             dtype = torch.get_autocast_dtype(device)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x, weight, bias = tensors
-        return DeferredLogits.defer(Head(x, weight, bias, loss, Transform(), weight._version))
+        seen = 0 if backwards is None else backwards.count
+        head = Head(x, weight, bias, loss, Transform(), weight._version, backwards, seen)
+        return DeferredLogits.defer(head)
 
     return forward

@@ -23,7 +23,7 @@ def _to_gradient(
     size: tl.constexpr,
     log2e: tl.constexpr,
 ):
-    """The scaled loss of a row; its logits become its gradient."""
+    """The scaled loss of a row; its logits become its gradient; NaN for a label out of range."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     label = tl.load(labels + row)
@@ -35,7 +35,9 @@ def _to_gradient(
             tl.store(logits + columns, zeros, mask=columns < width)
         tl.store(losses + row, 0.0)
     else:
-        own = tl.load(logits + label).to(tl.float32)
+        in_range = (label >= 0) & (label < width)
+        factor = tl.where(in_range, factor, float("nan"))
+        own = tl.load(logits + label, mask=in_range, other=0).to(tl.float32)
         largest = -float("inf")
         total = 0.0
         for start in range(0, width, size):

@@ -35,7 +35,15 @@ def _count(ids, counts, num_picks, num_experts, bins: tl.constexpr, size: tl.con
 
 @triton.jit
 def _place(
-    ids, ends, counts, order, inverse, num_picks, num_experts, bins: tl.constexpr, size: tl.constexpr
+    ids,
+    ends,
+    counts,
+    order,
+    inverse,
+    num_picks,
+    num_experts,
+    bins: tl.constexpr,
+    size: tl.constexpr,
 ):
     """The row of each pick: after those of earlier bins, and of its own bin in order."""
     program = tl.program_id(0)

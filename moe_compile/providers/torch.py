@@ -117,9 +117,7 @@ class _Arrange(torch.autograd.Function):
     """weights[T K, 1] in the experts' order; the gradient of what lives elsewhere is zero."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, order: Tensor, inverse: Tensor, offs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, order: Tensor, inverse: Tensor, offs: Tensor) -> Tensor:
         ctx.save_for_backward(inverse, offs)
         return weights.index_select(0, order)
 

@@ -109,6 +109,7 @@ def test_on_a_gpu(
     wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in leaves]
     exact = run(op.reference, *wide, transform=transform)
     theirs = run(op.reference, *leaves, transform=transform)
+    run(linear_cross_entropy, *leaves, transform=transform)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         ours = run(linear_cross_entropy, *leaves, transform=transform)

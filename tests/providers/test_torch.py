@@ -178,7 +178,9 @@ def test_experts_take_int32_ids_and_float32_weights() -> None:
     half = [t.bfloat16() for t in (x, up, down)]
     got = PROVIDER.implementation(experts)(half[0], ids, weights, *half[1:], swiglu)
     assert got.dtype == torch.bfloat16
-    exact = experts(half[0].double(), ids, weights.double(), *(t.double() for t in half[1:]), swiglu)
+    exact = experts(
+        half[0].double(), ids, weights.double(), *(t.double() for t in half[1:]), swiglu
+    )
     assert (got.double() - exact).norm() < 0.01 * exact.norm()
 
 

@@ -98,7 +98,8 @@ def _image(config: Any, batch: torch.SymInt, device: torch.device) -> torch.Tens
 
 def head(model: nn.Module) -> tuple[str, nn.Module | None]:
     """The module that gives a language model's logits, and its name; None where none is known."""
-    own = base_model(model).get_output_embeddings() if is_pretrained(model) else None
+    base: Any = base_model(model) if is_pretrained(model) else None
+    own = None if base is None else base.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     return names.get(id(own), ""), own
 

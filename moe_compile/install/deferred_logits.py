@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moe_compile.ops.linear_cross_entropy import linear_cross_entropy
-
 Loss = Callable[..., Tensor]
 
 
@@ -27,6 +25,7 @@ class Transform:
     steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...] = ()
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Every step, in order."""
         for function, rest in self.steps:
             logits = function(logits, *rest)
         return logits
@@ -113,12 +112,12 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        own = dict(zip(("x", "weight", "bias"), leaves, strict=True))
-        logits = replace(ctx.head, **own, version=own["weight"]._version, backwards=None).logits()
-        wanted = [t for t in leaves if t is not None]
-        found = iter(torch.autograd.grad(logits, wanted, grads[0]))
-        return *(None if t is None else next(found) for t in leaves), None
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors if t is not None]
+        x, weight, *bias = leaves
+        own: dict[str, Any] = {"x": x, "weight": weight, "bias": bias[0] if bias else None}
+        logits = replace(ctx.head, **own, version=weight._version, backwards=None).logits()
+        found = torch.autograd.grad(logits, leaves, grads[0])
+        return *found, *(() if bias else (None,)), None
 
 
 class DeferredLogits(Tensor):

@@ -75,11 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # In place, so a second backward is autograd's own error.
         grads = ctx.saved_tensors
         for grad in grads:
-            _scale(grad, outer)
+            _scale(grad, grad_outputs[0])
         return *grads, None, None, None, None
 
 
@@ -132,7 +132,7 @@ def _gradient_of(transform: Transform) -> Callable[[Tensor, Tensor, Tensor, Tens
 
     def to_gradient(logits: Tensor, labels: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
         labels = torch.where(counts, labels, 0)[:, None]
-        own, pull_back = torch.func.vjp(transform, logits)
+        own, pull_back, *_ = torch.func.vjp(transform, logits)
         wide = own.to(scale.dtype)
         log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
         losses = log_sum - wide.gather(1, labels)

@@ -1,5 +1,7 @@
 """The Triton kernels of `linear_cross_entropy`; imported where there is a GPU."""
 
+# Triton has no types, and is not there without CUDA.
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOptionalOperand=false
 import torch
 import triton
 import triton.language as tl

@@ -162,7 +162,7 @@ def _experts(
     weigh_input: bool = False,
 ) -> Tensor:
     num_experts, picks = up.shape[0], ids.shape[1]
-    grouped = order, inverse, offs = group_picks(ids, num_experts)
+    grouped = order, _, offs = group_picks(ids, num_experts)
     weight: Tensor = _Arrange.apply(weights.reshape(-1, 1), *grouped)
     rows = spread_rows(x, *grouped, picks)
     if weigh_input:

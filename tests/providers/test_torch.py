@@ -175,12 +175,11 @@ def test_experts_all_in_one_place(tokens: int, fill: int, dtype: torch.dtype) ->
 def test_experts_take_int32_ids_and_float32_weights() -> None:
     x, weights, up, down = (t.detach() for t in expert_leaves(5))
     ids = torch.randint(-1, 4, (5, 2), dtype=torch.int32)
-    half = [t.bfloat16() for t in (x, up, down)]
-    got = PROVIDER.implementation(experts)(half[0], ids, weights, *half[1:], swiglu)
+    x, up, down = (t.bfloat16() for t in (x, up, down))
+    got = PROVIDER.implementation(experts)(x, ids, weights, up, down, swiglu)
     assert got.dtype == torch.bfloat16
-    exact = experts(
-        half[0].double(), ids, weights.double(), *(t.double() for t in half[1:]), swiglu
-    )
+    x, weights, up, down = (t.double() for t in (x, weights, up, down))
+    exact = experts(x, ids, weights, up, down, swiglu)
     assert (got.double() - exact).norm() < 0.01 * exact.norm()
 
 

@@ -114,8 +114,14 @@ class _Identity(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors if t is not None]
         x, weight, *bias = leaves
-        own: dict[str, Any] = {"x": x, "weight": weight, "bias": bias[0] if bias else None}
-        logits = replace(ctx.head, **own, version=weight._version, backwards=None).logits()
+        logits = replace(
+            ctx.head,
+            x=x,
+            weight=weight,
+            bias=bias[0] if bias else None,
+            version=weight._version,
+            backwards=None,
+        ).logits()
         found = torch.autograd.grad(logits, leaves, grads[0])
         return *found, *(() if bias else (None,)), None
 
@@ -167,8 +173,9 @@ class DeferredLogits(Tensor):
             found = _deferred(func, logits, args[1:], kwargs)
             if found is not None:
                 return found
-        args, kwargs = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, (args, kwargs))
-        return func(*args, **kwargs)
+        args = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, args)
+        named = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, kwargs)
+        return func(*args, **named)
 
     @classmethod
     def __torch_dispatch__(
@@ -179,8 +186,9 @@ class DeferredLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Below autograd, which has seen the logits already: their values alone are wanted."""
-        inputs = pytree.tree_map_only(DeferredLogits, _values, (args, kwargs or {}))
-        return func(*inputs[0], **inputs[1])
+        args = pytree.tree_map_only(DeferredLogits, _values, args)
+        named = pytree.tree_map_only(DeferredLogits, _values, kwargs or {})
+        return func(*args, **named)
 
 
 def _values(logits: DeferredLogits) -> Tensor:

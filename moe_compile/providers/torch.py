@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.kernels.activation import activate, is_fusable
 from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
 from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.region import Region
 
 
 def _rms_norm(
@@ -173,12 +175,10 @@ def _experts(
     expert = _expert_of_rows(ids, order, num_experts) if has_vectors else order
     if up_bias is not None:
         rows = rows + _BiasRows.apply(up_bias, expert, offs)
-    rows = activation(rows)
+    # The last product is linear: weighed before it, its rows are neither kept nor read again for
+    # the gradient of the weights.
     weigh_inside = norm is None and not weigh_input
-    if weigh_inside:
-        # The last product is linear: weighed before it, its rows are neither kept nor read again
-        # for the gradient of the weights.
-        rows = rows * weight
+    rows = _weighed(activation, rows, weight) if weigh_inside else activation(rows)
     rows = grouped_linear(rows.to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         bias = _BiasRows.apply(down_bias, expert, offs)
@@ -190,6 +190,15 @@ def _experts(
         rows = normed(mask_tail(rows, offs), norm, norm_weight)
         rows = rows if weigh_input else rows * weight
     return collect_rows(rows, *grouped, picks).to(x.dtype)
+
+
+def _weighed(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> Tensor:
+    """activation(rows) * weight, by kernels for this activation where there are some."""
+    key = activation.key if isinstance(activation, Region) else None
+    has_kernels = rows.is_cuda and rows.dtype != torch.float64
+    if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
+        return activation(rows) * weight
+    return activate(rows, weight, key)
 
 
 def _expert_of_rows(ids: Tensor, order: Tensor, num_experts: int) -> Tensor:

@@ -1,11 +1,12 @@
 """A subgraph that a pattern captured whole, such as the activation between two expert GEMMs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from moe_compile.kernels.activation import register
 from moe_compile.rewrite.normal_form import aten, is_aten, is_random, schema_arguments, value
 from moe_compile.rewrite.refuse import Refuse
 
@@ -30,9 +31,16 @@ _POINTWISE = {"aten::to", "aten::where", "aten::masked_fill"}  # torch does not 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A function of the graph's placeholders, rows first; called like a function."""
+    """A function of the graph's placeholders, rows first; called like a function.
+
+    Kernels know it by its `key`.
+    """
 
     graph: fx.Graph
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", register(self.graph))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Runs the subgraph. Traces like the code that it was captured from."""

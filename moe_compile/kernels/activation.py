@@ -1,0 +1,95 @@
+"""The weighed activation between two expert products, as one kernel each way.
+
+    out = activation(x) * weight
+
+An activation is an FX graph of rows, known by a key, since an operator takes no functions.
+"""
+
+import functools
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moe_compile.kernels.activation_source import ActivationSource, activation_source
+
+_GRAPHS: dict[str, fx.Graph] = {}
+"""Every activation that was captured, by its key."""
+
+
+def register(graph: fx.Graph) -> str:
+    """The key of an activation, the same in every process."""
+    text = "; ".join(f"{n.name} = {n.target}{n.args}{n.kwargs or ''}" for n in graph.nodes)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    _GRAPHS.setdefault(key, graph)
+    return key
+
+
+@torch.compiler.assume_constant_result  # Dynamo runs it while it traces
+def is_fusable(key: str, width: int) -> bool:
+    """Whether there are kernels for an activation of rows of `width`."""
+    return _source(key, width) is not None
+
+
+@functools.cache
+def _source(key: str, width: int) -> ActivationSource | None:
+    return activation_source(_GRAPHS[key], width)
+
+
+@torch.library.custom_op("moe_compile::activate", mutates_args=())
+def activate(x: Tensor, weight: Tensor, key: str) -> Tensor:
+    """Args: x: [R, N]. weight: [R, 1]. key: of a fusable activation.
+
+    Returns: [R, I] in x's dtype, fresh and contiguous, rounded once.
+    """
+    if x.is_cuda and x.dtype != torch.float64:
+        from moe_compile.kernels import activation_kernels
+
+        return activation_kernels.forward(_known(key, x), x, weight)
+    return (_run(key, x) * weight).to(x.dtype)
+
+
+@torch.library.custom_op("moe_compile::activate_backward", mutates_args=())
+def activate_backward(grad: Tensor, x: Tensor, weight: Tensor, key: str) -> tuple[Tensor, Tensor]:
+    """The gradients of x, [R, N], and of weight, [R, 1]; grad is [R, I]."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from moe_compile.kernels import activation_kernels
+
+        return activation_kernels.backward(_known(key, x), grad, x, weight)
+    out, pull_back, *_ = torch.func.vjp(lambda x: _run(key, x), x)
+    grad_weight = (out * grad).sum(1, keepdim=True).to(weight.dtype)
+    return pull_back((grad * weight).to(x.dtype))[0].contiguous(), grad_weight
+
+
+def _known(key: str, x: Tensor) -> ActivationSource:
+    source = _source(key, int(x.shape[1]))
+    assert source is not None, "the caller has asked is_fusable"
+    return source
+
+
+def _run(key: str, x: Tensor) -> Tensor:
+    result: Tensor = fx.GraphModule({}, _GRAPHS[key])(x)
+    return result
+
+
+@activate.register_fake
+def _(x: Tensor, weight: Tensor, key: str) -> Tensor:
+    return x.new_empty(x.shape[0], _known(key, x).width)
+
+
+@activate_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, key: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    x, weight, ctx.key = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *activate_backward(grad, *ctx.saved_tensors, ctx.key), None
+
+
+activate.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,115 @@
+"""The Triton kernels of `activation`, written for one activation; imported where there is a GPU."""
+
+# Triton has no types, and is not there without CUDA.
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+import functools
+import linecache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_compile.kernels.activation_source import ActivationSource
+
+_MOST_COLUMNS = 1024
+"""The most numbers of a row that one program holds."""
+
+
+def forward(source: ActivationSource, x: Tensor, weight: Tensor) -> Tensor:
+    """`activation.activate` on a GPU."""
+    out = x.new_empty(x.shape[0], source.width)
+    size = _size(source)
+    if out.numel():
+        grid = x.shape[0], triton.cdiv(source.width, size)
+        _kernels(source)["forward"][grid](x.contiguous(), weight.contiguous(), out, size)
+    return out
+
+
+def backward(
+    source: ActivationSource, grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`activation.activate_backward` on a GPU: everything is read once."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if x.shape[0]:
+        inputs = (t.contiguous() for t in (grad, x, weight))
+        run = _kernels(source)["backward"]
+        run[(x.shape[0],)](*inputs, grad_x, grad_weight, _size(source))
+    return grad_x, grad_weight
+
+
+def _size(source: ActivationSource) -> int:
+    return min(triton.next_power_of_2(source.width), _MOST_COLUMNS)
+
+
+_FORWARD = """
+@triton.jit
+def forward(x, weight, out, size: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(weight + row).to(tl.float32)
+    at = tl.program_id(1) * size + tl.arange(0, size)
+    inside = at < {width}
+    {loads}
+    {lines}
+    tl.store(out + row * {width} + at, {result} * scale, mask=inside)
+"""
+
+_BACKWARD = """
+@triton.jit
+def backward(outer, x, weight, grad_x, grad_weight, size: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(weight + row).to(tl.float32)
+    total = tl.zeros([size], tl.float32)
+    for start in range(0, {width}, size):
+        at = start + tl.arange(0, size)
+        inside = at < {width}
+        own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
+        grad = own * scale
+        {loads}
+        {lines}
+        total += tl.where(inside, {result} * own, 0.0)
+        {stores}
+    tl.store(grad_weight + row, tl.sum(total, axis=0))
+"""
+
+
+@functools.cache
+def _kernels(source: ActivationSource) -> dict[str, Any]:
+    """Both kernels, compiled when they are first called."""
+    result, *grads = source.backward.results
+    places = [
+        f"row * {sum(columns.count for columns in source.columns)} + {columns.start} + "
+        f"at * {columns.step}"
+        for columns in source.columns
+    ]
+    loads = [
+        f"x{i} = tl.load(x + {place}, mask=inside, other=0).to(tl.float32)"
+        for i, place in enumerate(places)
+    ]
+    stores = [
+        f"tl.store(grad_x + {place}, {grad}, mask=inside)"
+        for place, grad in zip(places, grads, strict=True)
+    ]
+    text = _FORWARD.format(
+        width=source.width,
+        loads=_joined(loads, 1),
+        lines=_joined(source.forward.lines, 1),
+        result=source.forward.results[0],
+    ) + _BACKWARD.format(
+        width=source.width,
+        loads=_joined(loads, 2),
+        lines=_joined(source.backward.lines, 2),
+        result=result,
+        stores=_joined(stores, 2),
+    )
+    name = f"<moe_compile activation {abs(hash(source))}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"triton": triton, "tl": tl}
+    exec(compile(text, name, "exec"), namespace)  # our own source, from our own graph
+    return namespace
+
+
+def _joined(lines: Any, depth: int) -> str:
+    return ("\n" + "    " * depth).join(lines)

@@ -110,6 +110,7 @@ class _Writer:
     def region(self, region: Region) -> str:
         name = f"activation_{len(self.values)}"
         self.values[name] = emit(region.graph, name, method=False)
+        self.values[name].__dict__["key"] = region.key
         return name
 
     def name(self, value: Any) -> str:

@@ -18,7 +18,6 @@ from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
 from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
-from moe_compile.rewrite.region import Region
 
 
 def _rms_norm(
@@ -194,7 +193,7 @@ def _experts(
 
 def _weighed(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> Tensor:
     """activation(rows) * weight, by kernels for this activation where there are some."""
-    key = activation.key if isinstance(activation, Region) else None
+    key: str | None = getattr(activation, "key", None)
     has_kernels = rows.is_cuda and rows.dtype != torch.float64
     if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
         return activation(rows) * weight

@@ -80,4 +80,5 @@ def check_close(
 ) -> None:
     assert values.keys() == references.keys()
     errors = {name: error(value, references[name]) for name, value in values.items()}
-    assert {n: e for n, e in errors.items() if not e <= tolerance} == {}
+    wrong = {n: e for n, e in errors.items() if not e <= tolerance}
+    assert wrong == {}, wrong

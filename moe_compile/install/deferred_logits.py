@@ -7,8 +7,9 @@ done to the logits themselves, which are then computed, once, and hold gradients
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ class Head:
         version: the number of changes of the weight when the head was called.
         backwards: those of the head, where its weight is sharded; else None.
         seen: how many there had been when the head was called.
+        aliases: deferred logits that would share memory, had they any.
     """
 
     x: Tensor
@@ -75,6 +77,7 @@ class Head:
     version: int
     backwards: Backwards | None = None
     seen: int = 0
+    aliases: list[ref["DeferredLogits"]] = field(default_factory=list)
 
     def logits(self) -> Tensor:
         """All of them, with their gradients."""
@@ -142,6 +145,7 @@ class DeferredLogits(Tensor):
             DeferredLogits, shape, dtype=dtype, device=head.x.device
         )
         logits.head, logits.computed = head, None
+        head.aliases.append(ref(logits))
         return logits
 
     @staticmethod
@@ -173,6 +177,7 @@ class DeferredLogits(Tensor):
             found = _deferred(func, logits, args[1:], kwargs)
             if found is not None:
                 return found
+            _check_in_place(func, logits)
         args = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, args)
         named = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, kwargs)
         return func(*args, **named)
@@ -196,6 +201,17 @@ def _values(logits: DeferredLogits) -> Tensor:
     return (logits.head.logits() if logits.computed is None else logits.computed).detach()
 
 
+def _check_in_place(func: Callable[..., Any], logits: DeferredLogits) -> None:
+    """Raises where a change would have to be seen in other deferred logits."""
+    name = func.__name__
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if in_place and sum(alias() is not None for alias in logits.head.aliases) > 1:
+        raise RuntimeError(
+            f"the logits of a training step are changed by {name} while a view of them is kept; "
+            "pass OptimizeConfig(loss='model') to optimize, or change them before taking the view"
+        )
+
+
 def _deferred(
     func: Callable[..., Any], logits: DeferredLogits, rest: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
@@ -209,7 +225,8 @@ def _deferred(
     if steps is None:
         return None
     transform = Transform((*logits.head.transform.steps, *steps))
-    return DeferredLogits.defer(replace(logits.head, transform=transform))
+    aliases = logits.head.aliases if func not in _ELEMENTWISE else []
+    return DeferredLogits.defer(replace(logits.head, transform=transform, aliases=aliases))
 
 
 def _loss(

@@ -90,6 +90,10 @@ def _forward_for(loss: Loss, backwards: Backwards | None) -> Callable[..., Any]:
             dtype = torch.get_autocast_dtype(device)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x, weight, bias = tensors
+        if x.dtype == torch.float16:
+            # A scaler multiplies the loss before its backward; gradients that are made with the
+            # loss would have underflowed by then.
+            return F.linear(x, weight, bias)
         seen = 0 if backwards is None else backwards.count
         head = Head(x, weight, bias, loss, Transform(), weight._version, backwards, seen)
         return DeferredLogits.defer(head)

@@ -161,6 +161,21 @@ def test_weights_that_were_sharded_again_are_an_error() -> None:
         pair.deferred.argmax(-1)
 
 
+def test_a_change_that_a_view_would_see_is_an_error() -> None:
+    z = Pair().deferred
+    view = z[:, 1:]
+    with pytest.raises(RuntimeError, match="changed by mul_ while a view of them is kept"):
+        z.mul_(2)
+    with pytest.raises(RuntimeError, match="changed by __setitem__ while"):
+        z[0] = 0
+    del view
+    z.mul_(2)
+    pair = Pair()
+    doubled = pair.deferred * 2
+    pair.deferred.add_(1)
+    torch.testing.assert_close(doubled + 0, pair.real * 2)
+
+
 def test_autocast_widens_the_loss() -> None:
     pair = Pair()
     x, weight = (t.bfloat16() for t in pair.leaves)

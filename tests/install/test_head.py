@@ -62,6 +62,14 @@ def test_logits_are_deferred_where_a_step_may_follow() -> None:
     assert type(model.eval()(input_ids=IDS).logits) is torch.Tensor
 
 
+def test_half_precision_that_needs_a_scaler_has_its_logits() -> None:
+    model = with_head(build("qwen3_moe")).train()
+    with torch.autocast("cpu", torch.float16):
+        assert type(model.lm_head(torch.ones(2, 32))) is torch.Tensor
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(model.lm_head(torch.ones(2, 32))) is DeferredLogits
+
+
 def test_a_copy_has_its_own_head() -> None:
     model = with_head(build("qwen3_moe")).train()
     other = copy.deepcopy(model)

@@ -6,9 +6,7 @@ import pytest
 
 import moe_compile
 from moe_compile import OptimizeConfig
-from tests.ranks import on_ranks
 from tests.zoo.entries import Entry, build
-from tests.zoo.expert_parallel import worst_error
 from tests.zoo.inputs import call_of
 from tests.zoo.steps import step, worst_of
 from tests.zoo.test_zoo import RUNNING
@@ -21,8 +19,6 @@ REFUSED = {
     "vitpose_backbone": "its rows pick an expert by the data set, not by a router",
 }
 """Families of which some experts are refused, and why."""
-TIED = {"diffusion_gemma": "the model got .* and .*, which are one parameter"}
-"""What two ranks raise where layers of an encoder and a decoder share parameters."""
 
 families = pytest.mark.parametrize(
     "entry",
@@ -45,13 +41,3 @@ def test_experts_are_rewritten_and_a_step_is_the_same(entry: Entry) -> None:
     call = call_of(entry)
     error, name = worst_of(step(model, call), step(original, call))
     assert error < TOLERANCE, name
-
-
-@families
-def test_a_step_on_two_ranks_is_the_same(entry: Entry) -> None:
-    if entry.name in TIED:
-        with pytest.raises(AssertionError, match=TIED[entry.name]):
-            on_ranks(2, worst_error, entry.name)
-        return
-    for error, name, _ in on_ranks(2, worst_error, entry.name):
-        assert error < TOLERANCE, name

@@ -178,9 +178,7 @@ class DeferredLogits(Tensor):
             if found is not None:
                 return found
             _check_in_place(func, logits)
-        args = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, args)
-        named = pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, kwargs)
-        return func(*args, **named)
+        return _call(func, DeferredLogits.compute, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
@@ -191,9 +189,19 @@ class DeferredLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Below autograd, which has seen the logits already: their values alone are wanted."""
-        args = pytree.tree_map_only(DeferredLogits, _values, args)
-        named = pytree.tree_map_only(DeferredLogits, _values, kwargs or {})
-        return func(*args, **named)
+        return _call(func, _values, args, kwargs or {})
+
+
+def _call(
+    func: Callable[..., Any],
+    change: Callable[[DeferredLogits], Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`func` of arguments in which deferred logits are changed to others."""
+    args = pytree.tree_map_only(DeferredLogits, change, args)
+    named = pytree.tree_map_only(DeferredLogits, change, kwargs)
+    return func(*args, **named)
 
 
 def _values(logits: DeferredLogits) -> Tensor:

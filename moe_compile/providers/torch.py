@@ -169,9 +169,8 @@ def _experts(
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
     rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
-    per_expert = up_bias, down_bias, norm_weight
-    has_vectors = any(t is not None and t.dim() == 2 for t in per_expert)
-    expert = _expert_of_rows(ids, order, num_experts) if has_vectors else order
+    # The expert of each row; E for a pick that lives elsewhere.
+    expert = (ids.flatten() % (num_experts + 1)).index_select(0, order)
     if up_bias is not None:
         rows = rows + _BiasRows.apply(up_bias, expert, offs)
     # The last product is linear: weighed before it, its rows are neither kept nor read again for
@@ -198,11 +197,6 @@ def _weighed(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tenso
     if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
         return activation(rows) * weight
     return activate(rows, weight, key)
-
-
-def _expert_of_rows(ids: Tensor, order: Tensor, num_experts: int) -> Tensor:
-    """The expert of each row; E for a pick that lives elsewhere."""
-    return (ids.flatten() % (num_experts + 1)).index_select(0, order)
 
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {

@@ -113,9 +113,8 @@ def check(got: Tensor, want: Tensor) -> None:
 class Language:
     """Triton's functions, as torch's."""
 
-    exp, log, erf, sqrt, rsqrt, abs = (
-        torch.exp, torch.log, torch.erf, torch.sqrt, torch.rsqrt, torch.abs
-    )  # fmt: skip
+    exp, log, erf = torch.exp, torch.log, torch.erf
+    sqrt, rsqrt, abs = torch.sqrt, torch.rsqrt, torch.abs
     sigmoid = torch.sigmoid
 
     class PropagateNan:

@@ -97,6 +97,24 @@ def test_a_second_backward_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_under_hooks_on_saved_tensors(transform: Callable[[Tensor], Tensor] | None) -> None:
+    leaves = case(9, 4, 33, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+        got = run(linear_cross_entropy, *leaves, transform=transform)
+    want = run(linear_cross_entropy, *leaves, transform=transform)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_compiled_transform_is_the_same() -> None:
+    logits, _, labels, _ = case(9, 33, 33, torch.float32)
+    scale, counts = torch.tensor(0.5), labels != -100
+    got, want = logits.detach().clone(), logits.detach().clone()
+    loss = kernel._compiled(soft_cap)(got, labels, counts, scale)
+    torch.testing.assert_close(loss, kernel._gradient_of(soft_cap)(want, labels, counts, scale))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

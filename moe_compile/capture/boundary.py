@@ -1,14 +1,13 @@
 """Module boundaries in a trace: where each submodule call begins and ends, and what crosses.
 
-Every submodule of a traced unit gets hooks that pass its tensor inputs and outputs through
-`mark`, an identity op. The marks survive tracing and functionalisation as ordinary nodes; `trace`
-then turns them into `enter` and `exit` nodes, from which a region can be cut out and put back as
-a function.
+Every submodule of a traced unit gets hooks that put an `enter` and an `exit` node, with its tensor
+inputs and outputs, into the graph that is being traced. From them a region can be cut out and put
+back as a function.
 """
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -16,20 +15,11 @@ from unittest import mock
 import sympy
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
-
-_LIBRARY = torch.library.Library("moe_compile_capture", "FRAGMENT")
-_LIBRARY.define("mark(Tensor[] tensors, int call, bool begins) -> Tensor[]")
-
-
-@torch.library.impl(_LIBRARY, "mark", "CompositeExplicitAutograd")
-def _mark(tensors: Sequence[Tensor], call: int, begins: bool) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
-
-
-MARK = torch.ops.moe_compile_capture.mark.default
 
 
 class SizeNeeded(Exception):
@@ -101,34 +91,32 @@ class CallLog:
             stack.enter_context(self._attribute_reads())
             yield
 
-    def _before(self, path: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._begin(path, type(module).__name__, args, kwargs)
+    def _before(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begin(path, type(module).__name__, args, kwargs)
 
         return hook
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._end(output)
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._end(output)
 
-    def _begin(self, path: str | None, label: str, args: Any, kwargs: Any) -> Any:
+    def _begin(self, path: str | None, label: str, args: Any, kwargs: Any) -> None:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         where = _tensor_positions(leaves)
         parent = self.open[-1] if self.open else None
         optional = any(self.calls[outer].assumes for outer in self.open)
         self.open.append(len(self.calls))
-        marked = _marked(leaves, where, self.open[-1], begins=True)
         call = ModuleCall(path, parent, label, _plain(leaves), spec, where, optional=optional)
         self.calls.append(call)
-        return pytree.tree_unflatten(marked, spec)
+        _mark(enter, self.open[-1], [leaves[i] for i in where])
 
-    def _end(self, output: Any) -> Any:
+    def _end(self, output: Any) -> None:
         leaves, spec = pytree.tree_flatten(output)
         index = self.open.pop()
         call = self.calls[index]
         call.outputs, call.output_spec = _plain(leaves), spec
         call.tensor_outputs = _tensor_positions(leaves)
-        marked = _marked(leaves, call.tensor_outputs, index, begins=False)
-        return pytree.tree_unflatten(marked, spec)
+        _mark(exit, index, [leaves[i] for i in call.tensor_outputs])
 
     def assume(self) -> None:
         """Notes that the code of the innermost open call got an answer that depends on data."""
@@ -141,8 +129,12 @@ class CallLog:
         log = self
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = log._begin(None, cls.__name__, args, kwargs)
-            return log._end(original.__func__(cls, *args, **kwargs))
+            if proxy_tensor.get_proxy_mode() is None:  # in an operator, below the trace
+                return original.__func__(cls, *args, **kwargs)
+            log._begin(None, cls.__name__, args, kwargs)
+            output = original.__func__(cls, *args, **kwargs)
+            log._end(output)
+            return output
 
         return mock.patch.object(torch.autograd.Function, "apply", classmethod(apply))
 
@@ -216,8 +208,18 @@ def _plain(leaves: list[Any]) -> list[Any]:
     return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _marked(leaves: list[Any], where: list[int], call: int, *, begins: bool) -> list[Any]:
-    marked = list(leaves)
-    for i, tensor in zip(where, MARK([leaves[i] for i in where], call, begins), strict=True):
-        marked[i] = tensor
-    return marked
+def _mark(boundary: Callable[..., None], call: int, tensors: list[Tensor]) -> None:
+    """Adds a boundary's node to the graph of the running trace."""
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None, "module calls are recorded while they are traced"
+    tracer = mode.tracer
+    arguments = [tracer.create_arg(_traced(tensor, tracer)) for tensor in tensors]
+    tracer.create_node("call_function", boundary, (call, *arguments), {})
+
+
+def _traced(tensor: Tensor, tracer: Any) -> Any:
+    """What the tracer knows a tensor by; a constant is known by itself."""
+    if isinstance(tensor, FunctionalTensor):
+        tensor = tensor.from_functional()
+    known = proxy_tensor.get_proxy_slot(tensor, tracer, None)
+    return tensor if known is None else known.proxy

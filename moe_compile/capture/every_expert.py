@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
+    ShapeEnv,
     free_unbacked_symbols,
 )
 from torch.overrides import TorchFunctionMode
 
 from moe_compile.capture.any_dtype import AnyDtypeGroupedMM
 from moe_compile.capture.conversions import free_conversions
-from moe_compile.capture.size_arithmetic import RememberingShapeEnv, remembered_arithmetic
+from moe_compile.capture.size_arithmetic import remembered_arithmetic
 from moe_compile.capture.symbolic_ints import symbolic_ints
 
 _SEVERAL = (3, 1 << 40)
@@ -213,7 +214,7 @@ def _as_numbers(tensor: Tensor) -> Any:
     return numbers.reshape(tuple(tensor.shape))
 
 
-class HitShapeEnv(RememberingShapeEnv):
+class HitShapeEnv(ShapeEnv):
     """Symbolic sizes, of which those that depend on the routing are taken to be several rows.
 
     Where the experts' rows meet something as long as all picks, they are all rows: else the code

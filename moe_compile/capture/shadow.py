@@ -6,22 +6,20 @@ like, and cannot leave a hook or a flag behind on the user's model.
 
 import contextlib
 import copy
-import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey
 from torch._dynamo.source import ConstantSource
-from torch._library.utils import is_builtin
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.every_expert import HitShapeEnv
+from moe_compile.capture.remembering_mode import RememberingMode
+from moe_compile.capture.size_arithmetic import RememberingShapeEnv
 
 
 @dataclass(frozen=True)
@@ -56,29 +54,8 @@ class Shadow:
         return self.mode.shape_env.suppress_guards()
 
 
-class RememberingMode(FakeTensorMode):
-    """Fake tensors whose operators are run once for arguments of one form.
-
-    The call forms of a unit, and what proves a pattern, repeat the same operators on the same
-    symbolic sizes. Remembered are whole operators only: to remember each of the steps that one is
-    decomposed into costs more than to run them.
-    """
-
-    def _dispatch_impl(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if not _is_remembered(func):  # but its steps are
-            return super()._dispatch_impl(func, types, args, kwargs)
-        remembers, self.cache_enabled = self.cache_enabled, False
-        try:
-            return super()._dispatch_impl(func, types, args, kwargs)
-        finally:
-            self.cache_enabled = remembers
-
-
-@functools.cache
-def _is_remembered(func: Any) -> bool:
-    """Whether torch keeps what an operator gave: not of libraries, nor of those made of others."""
-    is_own = isinstance(func, OpOverload) and is_builtin(func)
-    return is_own and not func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+class Sizes(RememberingShapeEnv, HitShapeEnv):
+    """The symbolic sizes of a shadow."""
 
 
 @contextlib.contextmanager
@@ -105,7 +82,7 @@ def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:
 
     `device` is where it will train, if that is not where it is.
     """
-    env = HitShapeEnv()
+    env = Sizes()
     mode = RememberingMode(shape_env=env, allow_non_fake_inputs=True)
     device = training_device(model) if device is None else device
     memo: dict[int, Any] = {id(t): _fake(t, mode, device) for t in _tensors(model)}

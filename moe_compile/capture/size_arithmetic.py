@@ -5,7 +5,6 @@ contiguous anew: half of the time of a trace, for the same few products.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Generator, Hashable
 from typing import Any
 from unittest import mock
@@ -22,17 +21,23 @@ _OPERATIONS = [name for name in (*_ARITHMETIC, *_COMPARISONS) if hasattr(SymNode
 
 
 class RememberingShapeEnv(ShapeEnv):
-    """Symbolic sizes, with what was computed from them."""
+    """Symbolic sizes, with what was computed from them and asked of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.results: dict[Hashable, SymNode] = {}
+        self.answers: dict[Hashable, Any] = {}
 
-    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
-        """The answer to a question on sizes; of one that is settled, without a search."""
+    def evaluate_expr(
+        self, orig_expr: Any, hint: Any = None, fx_node: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The answer to a question on sizes: the one that it had before."""
         if orig_expr in (sympy.true, sympy.false):
             return orig_expr
-        return super().evaluate_expr(orig_expr, *args, **kwargs)
+        key = (orig_expr, args, *kwargs.items())
+        if key not in self.answers:
+            self.answers[key] = super().evaluate_expr(orig_expr, hint, fx_node, *args, **kwargs)
+        return self.answers[key]
 
 
 @contextlib.contextmanager
@@ -50,10 +55,9 @@ def _remembering(name: str, operation: Callable[..., SymNode]) -> Callable[..., 
         env = left.shape_env
         if not isinstance(env, RememberingShapeEnv) or proxy_tensor.get_proxy_mode() is not None:
             return operation(left, right)
-        key = (name, left.expr, left.pytype, right.expr, right.pytype)
+        key = (name, left._expr, left.pytype, right._expr, right.pytype)
         if key not in env.results:
             env.results[key] = operation(left, right)
-        # The tracer tells sizes apart by their objects: one that two tensors share is the first's.
-        return copy.copy(env.results[key])
+        return env.results[key]
 
     return remember

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
-from moe_compile.capture.boundary import MARK, CallLog, ModuleCall, enter, exit
+from moe_compile.capture.boundary import CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow, unchanged
@@ -190,24 +190,22 @@ def autocast(mode: Mode, device: torch.device) -> Generator[None]:
 
 
 def _with_boundaries(traced: fx.Graph, names: list[str]) -> fx.Graph:
-    """Parameters become `get_attr`, marks become `enter` and `exit`, every node learns its call."""
+    """Parameters become `get_attr`, and every node learns which calls it lies in."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     open_calls: list[int] = []
     placeholders = [node for node in traced.nodes if node.op == "placeholder"]
     state = dict(zip(placeholders, names, strict=False))
     for node in traced.nodes:
-        if node.target is MARK:
-            _add_boundary(graph, node, env, open_calls)
-        elif _is_marked(node):
-            env[node] = env[node.args[0].args[0][node.args[1]]]
-        elif node in state:
+        if node.target is enter:
+            open_calls.append(node.args[0])
+        if node in state:
             env[node] = graph.create_node("get_attr", state[node], name=node.name)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
-        if node in env and not _is_marked(node):
-            env[node].meta = {"val": node.meta.get("val"), "source": node.meta.get("source")}
-        if node in env:
-            env[node].meta.setdefault("calls", _calls(env[node], open_calls))
+        env[node].meta = {"val": node.meta.get("val"), "source": node.meta.get("source")}
+        env[node].meta["calls"] = _calls(env[node], open_calls)
+        if node.target is exit:
+            assert open_calls.pop() == node.args[0], "module calls must nest"
     return graph
 
 
@@ -217,24 +215,3 @@ def _calls(node: fx.Node, open_calls: list[int]) -> tuple[int, ...]:
         (tensor,) = node.all_input_nodes
         return tensor.meta["calls"]
     return tuple(open_calls)
-
-
-def _is_marked(node: fx.Node) -> bool:
-    """Whether the node takes one tensor out of a mark."""
-    source = node.args[0] if node.args else None
-    return isinstance(source, fx.Node) and source.target is MARK
-
-
-def _add_boundary(
-    graph: fx.Graph, mark: fx.Node, env: dict[fx.Node, fx.Node], open_calls: list[int]
-) -> None:
-    tensors, call, begins = mark.args
-    assert isinstance(tensors, (list, tuple))
-    assert isinstance(call, int)
-    if begins:
-        open_calls.append(call)
-    inputs = [env[tensor] for tensor in tensors]  # type: ignore[index]
-    boundary = graph.call_function(enter if begins else exit, (call, *inputs))
-    boundary.meta = {"val": None, "calls": tuple(open_calls), "source": mark.meta.get("source")}
-    if not begins:
-        assert open_calls.pop() == call, "module calls must nest"

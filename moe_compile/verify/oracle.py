@@ -126,7 +126,10 @@ class Dual(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator in both planes."""
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # modes above are for the judged code alone
+            return self._run_both(func, args, kwargs or {})
+
+    def _run_both(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         meaning = _meaning(func)
         if meaning is not None:
             with self:

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,9 +13,8 @@ def test_an_operator_runs_once_for_arguments_of_one_form() -> None:
     with shadow.mode:
         x = torch.empty(shadow.batch, shadow.sequence, 4)
         first = F.relu(x)
-        before = FakeTensorMode.cache_info().hits
-        again = F.relu(torch.empty(shadow.batch, shadow.sequence, 4))
-    assert FakeTensorMode.cache_info().hits > before
+        with mock.patch.object(FakeTensorMode, "__torch_dispatch__", side_effect=AssertionError):
+            again = F.relu(torch.empty(shadow.batch, shadow.sequence, 4))
     assert str(again.shape) == str(first.shape)
     assert again is not first
 

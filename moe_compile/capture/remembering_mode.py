@@ -1,0 +1,104 @@
+"""Fake tensors whose operators are run once for arguments of one form.
+
+A trace, the call forms of a unit and what proves a pattern repeat the same operators on the same
+symbolic sizes.
+"""
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from moe_compile.capture.form_rules import form_of_result
+from moe_compile.capture.tensor_form import Form, Formless, Forms, expression, forget
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+_DESCRIBES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class RememberingMode(FakeTensorMode):
+    """Remembers results that are tensors of sizes which the arguments determine."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.cache_enabled = False  # torch's own takes as long as most operators
+        self.forms = Forms(self)
+        self.results: dict[Hashable, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch gives, or tensors of the same forms."""
+        kwargs = kwargs or {}
+        if not _is_pure(func):
+            self._forget(args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            key = func, torch.get_default_dtype(), self._key(args), self._key(kwargs)
+        except Formless:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if key not in self.results:
+            self.results[key] = form_of_result(self.forms, func, args, kwargs)
+            if self.results[key] is None:
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+                self.results[key] = self._result(result, args, kwargs)
+                return result
+        known = self.results[key]
+        if isinstance(known, Form):
+            return self.forms.new(known)
+        if known is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return pytree.tree_map_only(Form, self.forms.new, known)
+
+    def _key(self, argument: Any) -> Hashable:
+        """What another argument must share to be as good.
+
+        Raises:
+            Formless: nothing says when another would be.
+        """
+        if isinstance(argument, Tensor):
+            return self.forms.of(argument)
+        if isinstance(argument, (_PLAIN, _DESCRIBES)):
+            return type(argument), argument
+        if isinstance(argument, torch.SymInt):
+            return expression(argument)
+        if isinstance(argument, (list, tuple)):
+            return type(argument), *map(self._key, argument)
+        if isinstance(argument, dict):
+            return *argument, *map(self._key, argument.values())
+        raise Formless
+
+    def _result(self, result: Any, args: Any, kwargs: Any) -> Any:
+        """The result with forms in the place of tensors; None where torch is asked each time."""
+        given = pytree.tree_leaves((args, kwargs))
+        leaves = pytree.tree_leaves(result)
+        if not leaves or any(leaf is argument for leaf in leaves for argument in given):
+            return None
+        try:
+            forms = [self.forms.of(leaf) for leaf in leaves]
+        except Formless:
+            return None
+        known = {symbol for argument in given for symbol in self._symbols(argument)}
+        if any(form.symbols - known for form in forms):
+            return None
+        return pytree.tree_map(self.forms.of, result)
+
+    def _symbols(self, argument: Any) -> Any:
+        if isinstance(argument, torch.SymInt):
+            return free_unbacked_symbols(argument)
+        return self.forms.of(argument).symbols if isinstance(argument, Tensor) else ()
+
+    def _forget(self, args: Any, kwargs: Any) -> None:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, FakeTensor):
+                forget(leaf)
+
+
+@functools.cache
+def _is_pure(func: Any) -> bool:
+    """Whether an operator changes nothing that it is given."""
+    return isinstance(func, OpOverload) and not func._schema.is_mutable

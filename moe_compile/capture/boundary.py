@@ -21,6 +21,11 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from moe_compile.capture.untouched import UntouchedAttribute
+
+Attribute = tuple[str, str]
+"""A module's name inside a unit, and the name of one of its attributes."""
+
 
 class SizeNeeded(Exception):
     """The traced code turned a symbolic size into a number."""
@@ -73,7 +78,7 @@ class CallLog:
         self.unit = unit
         self.calls: list[ModuleCall] = []
         self.open: list[int] = []
-        self.reads: dict[tuple[str, str], Any] = {}
+        self.reads: dict[Attribute, Any] = {}
 
     @contextlib.contextmanager
     def recording(self) -> Generator[None]:
@@ -187,7 +192,8 @@ class CallLog:
         def getattribute(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             plain = not name.startswith("_") and name in object.__getattribute__(module, "__dict__")
-            if plain and log.open and id(module) in paths:
+            kept = plain and not isinstance(value, UntouchedAttribute)
+            if kept and log.open and id(module) in paths:
                 log.reads[paths[id(module)], name] = value
             return value
 

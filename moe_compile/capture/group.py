@@ -5,6 +5,7 @@ plain attribute that the traced code read; never because their class has the sam
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from moe_compile.capture.boundary import Attribute
 from moe_compile.capture.forms import Form, call_forms, children_calls
+from moe_compile.capture.hidden import Hidden
 from moe_compile.capture.probe import Call, describe, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import line_of
@@ -44,9 +47,22 @@ class Group:
     is_part: bool = False
     holds_experts: bool = True
 
+    @property
+    def reads(self) -> dict[Attribute, Any]:
+        """Those of its capture."""
+        return {} if self.capture is None else self.capture.reads
+
     def serves(self, unit: nn.Module) -> bool:
         """Whether a unit of the same structure and call may share the capture."""
-        return self.capture is None or reads_agree(self.capture.reads, unit)
+        return reads_agree(self.reads, unit)
+
+    def takes(self, other: "Group", model: nn.Module) -> bool:
+        """Takes the capture of another group of the same kind, if it serves these units too."""
+        units = map(model.get_submodule, self.names)
+        if other.capture is None or not all(map(other.serves, units)):
+            return False
+        self.capture, self.forms, self.matters = other.capture, other.forms, other.matters
+        return True
 
 
 def group(shadow: Shadow, calls: dict[str, Call], *, autocast: bool = True) -> list[Group]:
@@ -56,15 +72,20 @@ def group(shadow: Shadow, calls: dict[str, Call], *, autocast: bool = True) -> l
     every call.
     """
     found: dict[Hashable, list[Group]] = {}
+    hidden = defaultdict[Hashable, Hidden](Hidden)
     groups: list[Group] = []
     todo = [(name, call, False) for name, call in reversed(calls.items())]
     while todo:
         name, call, is_part = todo.pop()
         unit = shadow.model.get_submodule(name)
-        alike = found.setdefault((structure(unit), call.key(), is_part), [])
+        kind = structure(unit), call.key(), is_part
+        alike = found.setdefault(kind, [])
         home = next((g for g in alike if g.serves(unit)), None)
         if home is None:
-            home = _capture(shadow, unit, call, autocast)
+            differing = differences(alike[-1].reads, unit) if alike else set[Attribute]()
+            new = _capture(shadow, unit, call, autocast, hidden[kind], differing)
+            home = next((g for g in alike if g.takes(new, shadow.model)), new)
+        if home not in alike:
             home.is_part = is_part
             alike.append(home)
             groups.append(home)
@@ -78,12 +99,20 @@ def path_of(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _capture(shadow: Shadow, unit: nn.Module, call: Call, autocast: bool) -> Group:
+def _capture(
+    shadow: Shadow,
+    unit: nn.Module,
+    call: Call,
+    autocast: bool,
+    hidden: Hidden,
+    differing: set[Attribute],
+) -> Group:
     forms, problem = call_forms(call, autocast), call.problem
     while forms and call.problem is None:
         matters = set[str]()
         try:
-            capture = trace(shadow, unit, forms[0][0], Mode(), matters)
+            attempt = functools.partial(trace, shadow, unit, forms[0][0], Mode(), matters)
+            capture = hidden.capture(attempt, differing)
             return Group([], capture, forms, matters)
         except Exception as error:  # foreign code may fail in any way; the report says how
             problem = problem or _described(error)
@@ -106,12 +135,19 @@ def _may_hold_experts(unit: nn.Module, parts: Iterable[str]) -> bool:
     return stacks or any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in owners)
 
 
-def reads_agree(reads: dict[tuple[str, str], Any], module: nn.Module) -> bool:
+def reads_agree(reads: dict[Attribute, Any], module: nn.Module) -> bool:
     """Whether a module has the attribute values that the capture of another one read."""
     return all(
         name == "training" or _same(getattr(module.get_submodule(path), name), value)
         for (path, name), value in reads.items()
     )
+
+
+def differences(reads: dict[Attribute, Any], module: nn.Module) -> set[Attribute]:
+    """Plain attributes that a module has other values of than the capture of another one read."""
+    values = {key: getattr(module.get_submodule(key[0]), key[1]) for key in reads}
+    plain = {key for key, value in values.items() if isinstance(value, (int, float, str))}
+    return {key for key in plain if key[1] != "training" and not _same(values[key], reads[key])}
 
 
 def _same(left: Any, right: Any) -> bool:

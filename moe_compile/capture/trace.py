@@ -7,7 +7,7 @@ second where `torch.export` takes several, keeps `linear`, `softmax` and
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
-from moe_compile.capture.boundary import CallLog, ModuleCall, enter, exit
+from moe_compile.capture.boundary import Attribute, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow, unchanged
 from moe_compile.capture.source import recorded_lines
-from moe_compile.capture.untouched import Touched, Untouched
+from moe_compile.capture.untouched import Touched, Untouched, UntouchedAttribute
 from moe_compile.capture.wrapping import untraced_wrapping
 
 _ASSERTS = {
@@ -69,7 +69,7 @@ class Capture:
 
     graph: fx.Graph
     calls: list[ModuleCall]
-    reads: dict[tuple[str, str], Any]
+    reads: dict[Attribute, Any]
     mode: Mode
 
 
@@ -81,17 +81,25 @@ def trace(
     matters: set[str],
     *,
     observed: bool = True,
+    hidden: Iterable[Attribute] = (),
 ) -> Capture:
     """Traces `unit`, a module of the shadow, as `call` calls it.
 
     Args:
         matters: collects the names of flags that the unit's code looks at: they keep their values.
         observed: whether somebody may use every output of the unit.
+        hidden: attributes of the unit and of modules in it that the capture must hold for any
+            value of.
+
+    Raises:
+        TouchedAttribute: the code looked at a hidden attribute.
     """
     stores, call = call.stores(), call.without_stores()
     while True:
         try:
             with unchanged(unit):
+                for path, name in hidden:
+                    vars(unit.get_submodule(path))[name] = UntouchedAttribute(path, name)
                 capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
             for node in capture.graph.nodes:
                 if node.target is exit:

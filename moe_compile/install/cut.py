@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.capture.boundary import ModuleCall, enter, exit
-from moe_compile.capture.untouched import Untouched
+from moe_compile.capture.untouched import Untouched, UntouchedAttribute
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -144,6 +144,9 @@ class _Cutter:
         return self.graph.call_module(_inside(self.path, call.path), args, kwargs)
 
     def _plain(self, leaf: Any) -> Any:
+        if isinstance(leaf, UntouchedAttribute):
+            where = object.__getattribute__(leaf, "where")
+            return self.graph.get_attr(_inside(self.path, where))
         if not isinstance(leaf, torch.SymInt):
             return leaf
         return self.counts.get(leaf.node.expr) or self._size(leaf.node.expr)

@@ -134,7 +134,7 @@ def _gradient_of(transform: Transform) -> Callable[[Tensor, Tensor, Tensor, Tens
         labels = torch.where(counts, labels, 0)[:, None]
         # Element by element, so a forward derivative is the backward's; vjp can't run under hooks
         # on saved tensors.
-        own, slope = torch.func.jvp(transform, (logits,), (torch.ones_like(logits),))
+        own, slope, *_ = torch.func.jvp(transform, (logits,), (torch.ones_like(logits),))
         wide = own.to(scale.dtype)
         log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
         losses = log_sum - wide.gather(1, labels)

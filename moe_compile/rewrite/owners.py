@@ -8,15 +8,17 @@ are alike share a capture, whatever units they are in.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
-from moe_compile.capture.boundary import enter, exit
+from moe_compile.capture.boundary import Attribute, enter, exit
 from moe_compile.capture.forms import observe
-from moe_compile.capture.group import Group, reads_agree
+from moe_compile.capture.group import Group, differences, reads_agree
+from moe_compile.capture.hidden import Hidden
 from moe_compile.capture.probe import Call, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
@@ -30,6 +32,7 @@ class Owners:
 
     shadow: Shadow
     known: dict[Hashable, list[UnitGraph]] = field(default_factory=dict[Hashable, list[UnitGraph]])
+    hidden: dict[Hashable, Hidden] = field(default_factory=dict[Hashable, Hidden])
 
     def capture(self, group: Group, first: UnitGraph) -> list[tuple[str, UnitGraph]]:
         """The owners of a unit's rewrites, in every foreseen call form that differs for them.
@@ -72,7 +75,12 @@ class Owners:
         alike = self.known.setdefault(key, [])
         found = next((known for known in alike if reads_agree(known.reads, module)), None)
         if found is None:
-            capture = trace(self.shadow, module, call, mode, matters, observed=observed)
+            hidden = self.hidden.setdefault(key, Hidden())
+            differing = differences(alike[-1].reads, module) if alike else set[Attribute]()
+            attempt = functools.partial(
+                trace, self.shadow, module, call, mode, matters, observed=observed
+            )
+            capture = hidden.capture(attempt, differing)
             note_ones(_arguments(capture.graph, 0), ones)
             found = UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
             alike.append(found)

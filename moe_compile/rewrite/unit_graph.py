@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from moe_compile.capture.boundary import ModuleCall
+from moe_compile.capture.boundary import Attribute, ModuleCall
 from moe_compile.capture.trace import Capture, Mode
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.parallel.layout import ExpertParallel
@@ -44,7 +44,7 @@ class UnitGraph:
     captured: fx.Graph
     calls: list[ModuleCall]
     mode: Mode
-    reads: dict[tuple[str, str], Any]
+    reads: dict[Attribute, Any]
     wanted_providers: dict[str, str] = field(default_factory=dict[str, str])
     prefix: str = ""
     ep: ExpertParallel | None = None

@@ -100,3 +100,62 @@ def test_a_question_about_sizes_is_asked_again(example: int) -> None:
     for length, batch in itertools.product((1, 7, 8, 9, 15), (1, 3)):
         x = random(length, batch)
         check_close(run(models.optimized, x), run(models.original, x))
+
+
+class Numbered(nn.Module):
+    """A layer that hands its number on, where nothing looks at it, or something does."""
+
+    def __init__(self, index: int, *, looks: bool) -> None:
+        super().__init__()
+        self.layer_idx, self.looks = index, looks
+        self.inner = Keyed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x, self.layer_idx, {} if self.looks else None)
+
+
+class Keyed(nn.Module):
+    """A norm that may keep what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor, index: int, kept: dict[int, Tensor] | None) -> Tensor:
+        wide = x.float()
+        y = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))
+        if kept is not None:
+            kept[index] = y
+        return y
+
+
+class Numbers(nn.Module):
+    def __init__(self, *, looks: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Numbered(i, looks=looks) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_number_that_is_only_handed_on_does_not_matter() -> None:
+    (found,) = groups(Numbers(looks=False), random())
+    assert found.names == [f"layers.{i}" for i in range(4)]
+    assert ("", "layer_idx") not in found.reads
+
+
+def test_a_number_that_is_a_key_does() -> None:
+    assert [found.names for found in groups(Numbers(looks=True), random())] == [
+        [f"layers.{i}"] for i in range(4)
+    ]
+
+
+def test_the_number_that_is_handed_on_is_the_layers_own() -> None:
+    models = make_pair(Numbers(looks=False), example_inputs=(random(),))
+    seen: list[int] = []
+    for layer in models.optimized.layers:
+        layer.inner.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    check_close(run(models.optimized, random()), run(models.original, random()))
+    assert seen == [0, 1, 2, 3]

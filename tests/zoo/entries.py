@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from tests.zoo.exceptions import EXCEPTIONS
+from tests.zoo.exceptions import EXCEPTIONS, FULL_SIZE
 from tests.zoo.shrink import Fields, shrunk, sub_configs
 
 _TASKS = (
@@ -191,8 +191,9 @@ def full_size(entry: Entry) -> PreTrainedModel:
     """
     try:
         return _of_defaults(entry, entry.options)
-    except AttributeError:
+    except (AttributeError, TypeError):  # such as a field that is None
         lacking = _lacking(_config_class(entry)(), _known(entry))
+        lacking = _merged(lacking, FULL_SIZE.get(entry.name, {}))
         return _of_defaults(entry, _merged(lacking, entry.options))
 
 
@@ -207,8 +208,8 @@ def _known(entry: Entry) -> Fields:
 
 
 def _lacking(config: PreTrainedConfig, known: Fields) -> Fields:
-    """Of the fields, those that the model needs and its configuration does not have at all."""
-    lacking = {name: value for name, value in known.items() if not hasattr(config, name)}
+    """Of the fields, those that the model needs and its configuration says nothing of."""
+    lacking = {n: value for n, value in known.items() if getattr(config, n, None) is None}
     for name, sub in sub_configs(config).items():
         below = _lacking(sub, known.get(name, {}))
         lacking |= {name: below} if below else {}

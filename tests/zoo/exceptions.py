@@ -137,3 +137,10 @@ EXCEPTIONS: dict[str, Fields] = {
     "vitpose_backbone": {"image_size": [32, 32], "num_experts": 4, "part_features": 8},
     "zaya": {"num_experts_per_tok": 1},  # the only top-k that it takes
 }
+
+FULL_SIZE: dict[str, Fields] = {
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31]}},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "qwen4_exp": {"text_config": {"indexer_head_dim": 256}},
+}
+"""Of a model of the default configuration, where neither that nor the tiny one will do."""

@@ -13,7 +13,9 @@ T = TypeVar("T", covariant=True)
 class Trace(Protocol[T]):
     """Makes a capture that holds for any value of the hidden attributes."""
 
-    def __call__(self, *, hidden: set[Attribute]) -> T: ...
+    def __call__(self, *, hidden: set[Attribute]) -> T:
+        """Raises `TouchedAttribute` where the code looks at one of them."""
+        ...
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Hidden:
         """What `trace` gives for as many hidden attributes as its code allows.
 
         Args:
-            trace: raises `TouchedAttribute` where one is looked at.
+            trace: is called until no hidden attribute is looked at.
             differing: in what the module differs from one that is captured already.
         """
         self.unread |= {attribute for attribute in differing if attribute not in self.decisive}

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.capture.form_rules import form_of_result
+from moe_compile.capture.renaming import RenamedForm, Renaming
 from moe_compile.capture.tensor_form import Form, Formless, Forms, expression, forget
 
 _PLAIN = (bool, int, float, complex, str, type(None))
@@ -30,6 +31,7 @@ class RememberingMode(FakeTensorMode):
         self.cache_enabled = False  # torch's own takes as long as most operators
         self.forms = Forms(self)
         self.results: dict[Hashable, Any] = {}
+        self.renamed: dict[Hashable, RenamedForm] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch gives, or tensors of the same forms."""
@@ -42,10 +44,13 @@ class RememberingMode(FakeTensorMode):
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if key not in self.results:
-            self.results[key] = form_of_result(self.forms, func, args, kwargs)
+            renaming = Renaming()
+            general = renaming.key(key)
+            self.results[key] = self._deduced(func, args, kwargs, general, renaming)
             if self.results[key] is None:
                 result = super().__torch_dispatch__(func, types, args, kwargs)
                 self.results[key] = self._result(result, args, kwargs)
+                self._generalize(self.results[key], general, renaming)
                 return result
         known = self.results[key]
         if isinstance(known, Form):
@@ -71,6 +76,19 @@ class RememberingMode(FakeTensorMode):
         if isinstance(argument, dict):
             return *argument, *map(self._key, argument.values())
         raise Formless
+
+    def _deduced(
+        self, func: Any, args: Any, kwargs: Any, general: Hashable, renaming: Renaming
+    ) -> Form | None:
+        """The result's form by a rule, or by that of arguments with other data-dependent sizes."""
+        renamed = self.renamed.get(general)
+        if renamed is not None:
+            return renamed.under(renaming, self.forms)
+        return form_of_result(self.forms, func, args, kwargs)
+
+    def _generalize(self, result: Any, general: Hashable, renaming: Renaming) -> None:
+        if renaming.names and isinstance(result, Form) and expression(result.offset) == 0:
+            self.renamed[general] = RenamedForm(result, renaming)
 
     def _result(self, result: Any, args: Any, kwargs: Any) -> Any:
         """The result with forms in the place of tensors; None where torch is asked each time."""
@@ -100,5 +118,6 @@ class RememberingMode(FakeTensorMode):
 
 @functools.cache
 def _is_pure(func: Any) -> bool:
-    """Whether an operator changes nothing that it is given."""
-    return isinstance(func, OpOverload) and not func._schema.is_mutable
+    """Whether an operator gives tensors, and changes nothing that it is given."""
+    gives = isinstance(func, OpOverload) and func.namespace != "prim"  # a device, for one
+    return gives and not func._schema.is_mutable

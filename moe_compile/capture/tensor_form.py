@@ -57,6 +57,11 @@ class Form:
         return self.prototype.stride()
 
     @property
+    def offset(self) -> Size:
+        """Where it begins in its storage."""
+        return self.prototype.storage_offset()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its elements."""
         return self.prototype.dtype

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_compile.capture.remembering_mode import RememberingMode
 from moe_compile.capture.trace import trace_function
 from moe_compile.rewrite.normal_form import normalize
 
@@ -169,7 +169,7 @@ def _choices(names: list[str]) -> Iterator[dict[str, bool]]:
 def _template(pattern: Pattern, kinds: dict[str, str], choice: dict[str, bool]) -> Template:
     flags = {name: value for name, value in choice.items() if kinds[name] == "flag"}
     absent = frozenset(n for n, k in kinds.items() if k == "optional" and not choice[n])
-    mode = FakeTensorMode()
+    mode = _example_mode()
     tensors = [n for n, k in kinds.items() if k in ("tensor", "optional") and n not in absent]
     with mode:
         values = [_example(pattern, name) for name in tensors]
@@ -191,6 +191,12 @@ def _template(pattern: Pattern, kinds: dict[str, str], choice: dict[str, bool]) 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, tensors, strict=True))
     return Template(pattern, flags, absent, graph, inputs, literals)
+
+
+@functools.cache
+def _example_mode() -> RememberingMode:
+    """Of every pattern's example inputs: their spellings repeat the same operators."""
+    return RememberingMode()
 
 
 def _example(pattern: Pattern, name: str) -> Tensor:

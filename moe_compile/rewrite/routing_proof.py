@@ -159,7 +159,8 @@ def _not_alone(error: Exception) -> str:
 
 def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
     with InFloat64():
-        prove(_before(cut), _after(cut, form), _inputs(cut, tokens, repeats=repeats))
+        inputs = _inputs(cut, tokens, repeats=repeats)
+    prove(_before(cut), _after(cut, form), inputs)
 
 
 def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:

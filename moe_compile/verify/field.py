@@ -64,6 +64,8 @@ def lift(value: Number) -> Tensor:
         return torch.tensor(constant(value))
     if not value.is_floating_point():
         return value.long() % P
+    if not value.any():
+        return torch.zeros(value.shape, dtype=torch.int64)
     numbers: list[float] = value.detach().double().flatten().tolist()  # pyright: ignore
     return torch.tensor([constant(n) for n in numbers], dtype=torch.int64).view(value.shape)
 

@@ -10,6 +10,7 @@ Nothing is traced: every aten operator that reaches the dispatcher, below autogr
 planes. So a loop over the experts that are hit, or an `item()`, needs no care.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, MutableMapping, Sequence
@@ -22,11 +23,12 @@ from torch._decomp import core_aten_decompositions
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_compile.verify import field
 from moe_compile.verify.field import Function, Number
+from moe_compile.verify.in_float64 import InFloat64
 
 aten = torch.ops.aten
 
@@ -38,8 +40,9 @@ class Disproved(AssertionError):
 def prove(before: Function, after: Function, inputs: Sequence[Tensor]) -> None:
     """Raise `Disproved` unless `before` and `after` have equal outputs and input gradients.
 
-    Both take `inputs` (float64, and integers or booleans for ids and masks) and return a tensor or
-    a tuple or list of tensors. The gradients are those of a random linear function of the outputs.
+    Both take `inputs` (floats, and integers or booleans for ids and masks) and return a tensor or a
+    tuple or list of tensors. Narrower floats are float64 in them. The gradients are those of a
+    random linear function of the outputs.
     """
     expected, actual = _evaluate(before, inputs), _evaluate(after, inputs)
     if expected.keys() != actual.keys():
@@ -59,9 +62,10 @@ def _difference(name: str, expected: Tensor, actual: Tensor) -> str | None:
 def _evaluate(function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The field values (numbers, of control tensors) of every output and every input gradient."""
     generator = torch.Generator().manual_seed(0)
-    arguments = [x.detach().clone().requires_grad_(_is_data(x)) for x in inputs]
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    arguments = [x.detach().clone().requires_grad_(_is_data(x)) for x in wide]
     leaves = [x for x in arguments if x.requires_grad]
-    with _Spelled(), Dual() as dual:
+    with _Spelled(), Dual() as dual, InFloat64():  # on top: what Dual itself runs needs no mode
         dual.randomize(leaves, generator)
         outputs: list[Tensor] = tree_leaves(function(*arguments))
         floats = [y for y in outputs if _is_data(y)]
@@ -116,11 +120,15 @@ class Dual(TorchDispatchMode):
             self._record(real, field.random(real.shape, generator))
 
     def _operand(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._operand, value))
         return self.field(value) if _is_data(value) else value
 
     def _record(self, real: Tensor, value: Tensor) -> None:
         # the strides of the real, so that every view of it is a view of its field values
-        self._fields[real] = torch.empty_like(real, dtype=torch.int64).copy_(value)
+        if value.stride() != real.stride() or value.shape != real.shape:
+            value = torch.empty_like(real, dtype=torch.int64).copy_(value)
+        self._fields[real] = value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -137,14 +145,14 @@ class Dual(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._mutate(func, args, kwargs)
         real = func(*args, **kwargs)
-        if _has_data(real) and (_has_data((args, kwargs)) or field.knows(func)):
-            self._run(func, real, args, kwargs)
+        reals = list(filter(_is_data, [real] if isinstance(real, Tensor) else tree_leaves(real)))
+        if reals and (field.knows(func) or _has_data((args, kwargs))):
+            self._run(func, real, reals, args, kwargs)
         return real
 
-    def _run(self, func: Any, real: Any, args: Any, kwargs: Any) -> None:
-        """Compute the field values of the result `real`."""
-        fields, options = tree_map(self._operand, (args, kwargs))
-        reals = list(filter(_is_data, tree_leaves(real)))
+    def _run(self, func: Any, real: Any, reals: list[Tensor], args: Any, kwargs: Any) -> None:
+        """Compute the field values of `reals`, the floats in the result `real`."""
+        fields, options = map(self._operand, args), {k: self._operand(v) for k, v in kwargs.items()}
         if func.is_view and reals[0].dtype == args[0].dtype:
             views = tree_leaves(func(*fields, **options))
             self._fields.update(zip(reals, views, strict=True))
@@ -171,8 +179,11 @@ class Dual(TorchDispatchMode):
 
 def _meaning(func: Any) -> Function | None:
     """The meaning of an operator that is not run as it is."""
-    if func in INTERPRETERS:
-        return INTERPRETERS[func]
+    return INTERPRETERS.get(func) or _decomposition(func)
+
+
+@functools.cache
+def _decomposition(func: Any) -> Function | None:
     if func._can_decompose():  # decompositions run below autograd, where composites remain
         return func.decompose
     if func.is_view or func._schema.is_mutable or field.knows(func):

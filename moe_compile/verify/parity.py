@@ -315,7 +315,7 @@ def _prove_over_field(
 
     parameters = [p.detach() for p in module.parameters()]
     try:
-        with InFloat64(), AnyDtypeGroupedMM():
+        with AnyDtypeGroupedMM():
             prove(function(before), function(after), [*wide, *parameters])
     except Disproved as disproof:
         raise Refuse(f"disproved over a prime field: {disproof}") from None

@@ -189,12 +189,12 @@ def full_size(entry: Entry) -> PreTrainedModel:
 
     Where the defaults leave out a field that the model needs, it is that of the tiny model.
     """
+    options = _merged(FULL_SIZE.get(entry.name, {}), entry.options)
     try:
-        return _of_defaults(entry, entry.options)
+        return _of_defaults(entry, options)
     except (AttributeError, TypeError):  # such as a field that is None
         lacking = _lacking(_config_class(entry)(), _known(entry))
-        lacking = _merged(lacking, FULL_SIZE.get(entry.name, {}))
-        return _of_defaults(entry, _merged(lacking, entry.options))
+        return _of_defaults(entry, _merged(lacking, options))
 
 
 def _of_defaults(entry: Entry, options: Fields) -> PreTrainedModel:

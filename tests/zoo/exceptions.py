@@ -140,6 +140,7 @@ EXCEPTIONS: dict[str, Fields] = {
 
 FULL_SIZE: dict[str, Fields] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31]}},
+    "glm4v_moe": {"text_config": {"head_dim": 128}},  # as its sections of rotary want
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 256}},
 }

@@ -1,0 +1,102 @@
+"""Sizes that depend on data, by the order in which arguments name them.
+
+A loop over experts does the same to each expert's rows, of which there are u0, u1, u2, ...: what an
+operator gave for one expert it gives for the next, under other names.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moe_compile.capture.tensor_form import Form, Forms, expression
+
+
+class Renaming:
+    """Names data-dependent sizes anew, in the order in which it meets them.
+
+    Attributes:
+        names: from a size to its new name.
+        sizes: the symbolic sizes of what was renamed, by what they are made of.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.sizes: dict[Any, torch.SymInt] = {}
+
+    def key(self, key: Any) -> Any:
+        """A key of arguments that is the same for sizes of other names."""
+        if isinstance(key, Form):
+            if not key.symbols:
+                return key
+            return *map(self.size, (*key.sizes, *key.strides, key.offset)), key.dtype, key.device
+        if isinstance(key, tuple):
+            return tuple(map(self.key, key))
+        return self._renamed(key) if isinstance(key, sympy.Basic) else key
+
+    def size(self, size: Any) -> Any:
+        """A size under its new names."""
+        if isinstance(size, torch.SymInt):
+            self.sizes[expression(size)] = size
+        return self._renamed(expression(size))
+
+    def _renamed(self, known: Any) -> Any:
+        for symbol in _from_data(known):
+            if symbol not in self.names:
+                self.names[symbol] = _name(len(self.names), symbol)
+        return known.xreplace(self.names) if _from_data(known) else known
+
+
+class RenamedForm:
+    """The form of a result under new names."""
+
+    def __init__(self, form: Form, renaming: Renaming) -> None:
+        self.sizes = [renaming.size(size) for size in form.sizes]
+        self.strides = [renaming.size(stride) for stride in form.strides]
+        self.dtype, self.device = form.dtype, form.device
+
+    def under(self, renaming: Renaming, forms: Forms) -> Form | None:
+        """The form under the names of other arguments; None where a size is no sum or product."""
+        old = {new: old for old, new in renaming.names.items()}
+        sizes, strides = (
+            [_size(_xreplaced(size, old), renaming.sizes) for size in part]
+            for part in (self.sizes, self.strides)
+        )
+        if None in (*sizes, *strides):
+            return None
+        return forms.find(sizes, strides, self.dtype, self.device)
+
+
+def _xreplaced(size: Any, names: dict[Any, Any]) -> Any:
+    return size.xreplace(names) if isinstance(size, sympy.Basic) else size
+
+
+def _size(wanted: Any, known: dict[Any, torch.SymInt]) -> Any:
+    """The symbolic size that is made of something, from known ones."""
+    if isinstance(wanted, int) or wanted.is_Integer:
+        return int(wanted)
+    if wanted in known:
+        return known[wanted]
+    join = _JOINS.get(wanted.func)
+    parts = [_size(part, known) for part in wanted.args] if join else [None]
+    return None if join is None or None in parts else join(parts)
+
+
+_JOINS: dict[Any, Callable[[list[Any]], Any]] = {sympy.Add: sum, sympy.Mul: math.prod}
+
+
+@functools.lru_cache(4096)
+def _from_data(size: Any) -> tuple[sympy.Symbol, ...]:
+    """The data-dependent sizes that a size is made of, by name."""
+    if not isinstance(size, sympy.Basic):
+        return ()
+    return tuple(sorted(free_unbacked_symbols(size), key=str))
+
+
+@functools.cache
+def _name(number: int, like: sympy.Symbol) -> sympy.Symbol:
+    return sympy.Symbol(f"data_{number}", **like.assumptions0)

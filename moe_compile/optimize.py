@@ -1,5 +1,6 @@
 """The pipeline on one page: probe, trace, run the passes, install, verify, compile."""
 
+import gc
 import itertools
 import time
 from collections.abc import Generator
@@ -36,6 +37,18 @@ from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph
 M = TypeVar("M", bound=nn.Module)
 
 _REPORT = "_moe_compile_report"
+
+
+@contextmanager
+def _no_garbage_collection() -> Generator[None]:
+    """Graphs are many small objects that live on: Python would look through them all the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass
@@ -136,6 +149,7 @@ def report(model: nn.Module) -> Report:
     return found
 
 
+@_no_garbage_collection()
 def _analyze(
     model: nn.Module,
     mesh: DeviceMesh | None,

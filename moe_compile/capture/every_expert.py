@@ -100,27 +100,37 @@ class Hits:
 
 
 @contextlib.contextmanager
-def traceable(*modules: nn.Module, assumed: Callable[[], None] = lambda: None) -> Generator[None]:
+def traceable(
+    *modules: nn.Module, assumed: Callable[[], None] = lambda: None, sampled: bool = False
+) -> Generator["EveryExpertHit"]:
     """In it, expert blocks of every kind, of these modules, run on fake tensors.
 
-    `assumed` is called whenever their code got an answer that another routing may not give.
+    Args:
+        assumed: is called whenever their code got an answer that another routing may not give.
+        sampled: whether one expert will do for all that are hit: where no graph is kept.
     """
+    answers = EveryExpertHit(assumed, sampled)
     with (
         free_conversions(),
         symbolic_ints(modules),
         remembered_arithmetic(),
         AnyDtypeGroupedMM(),
-        EveryExpertHit(assumed),
+        answers,
     ):
-        yield
+        yield answers
 
 
 class EveryExpertHit(TorchFunctionMode):
-    """Answers what code asks of a routing as if every expert had got some rows."""
+    """Answers what code asks of a routing as if every expert had got some rows.
 
-    def __init__(self, assumed: Callable[[], None]) -> None:
+    Attributes:
+        left_out: whether code was told of one expert where every one is hit.
+    """
+
+    def __init__(self, assumed: Callable[[], None], sampled: bool) -> None:
         super().__init__()
-        self.assumed = assumed
+        self.assumed, self.sampled = assumed, sampled
+        self.left_out = False
         self.answers: dict[int, tuple[Tensor, bool]] = {}
 
     def __torch_function__(
@@ -128,9 +138,9 @@ class EveryExpertHit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _NONZERO and _is_over_experts(args[0]):
-            return _hits(args[0], kwargs.get("as_tuple", False))
+            return self._hits(args[0], kwargs.get("as_tuple", False))
         if func is torch.where and len(args) == 1 and _is_over_experts(args[0]):
-            return _hits(args[0], as_tuple=True)
+            return self._hits(args[0], as_tuple=True)
         if func in _ASKS and id(args[0]) in self.answers:
             self.assumed()
             return self.answers[id(args[0])][1]
@@ -145,6 +155,12 @@ class EveryExpertHit(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._remember(getattr(func, "__name__", ""), args, result)
         return result
+
+    def _hits(self, vector: Tensor, as_tuple: bool) -> Any:
+        self.left_out |= self.sampled
+        count = min(vector.shape[0], 1) if self.sampled else vector.shape[0]
+        hits = Hits(count, Hit if as_tuple else HitRow)
+        return (hits,) if as_tuple else hits
 
     def _remember(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """The answer to a question that was asked with a tensor of one element.
@@ -190,11 +206,6 @@ def _is_over_experts(tensor: Any) -> bool:
     """Whether it is a vector of fixed length: tokens are never that."""
     sizes: list[Any] = list(tensor.shape) if isinstance(tensor, Tensor) else []
     return len(sizes) == 1 and isinstance(sizes[0], int)
-
-
-def _hits(vector: Tensor, as_tuple: bool) -> Any:
-    hits = Hits(vector.shape[0], Hit if as_tuple else HitRow)
-    return (hits,) if as_tuple else hits
 
 
 def _counts(numbers: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:

@@ -107,20 +107,24 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | dict[str, Any] | Non
     return best
 
 
-def _probe(shadow: Shadow, inputs: str, call: Call) -> Probe:
+def _probe(shadow: Shadow, inputs: str, call: Call, *, sampled: bool = True) -> Probe:
     recorder = _Recorder(shadow)
     problem: str | None = None
     with unchanged(shadow.model):
         for name, unit in units(shadow.model).items():
             recorder.attach(name, unit)
-        contexts = (shadow.mode, enable_python_dispatcher(), traceable(shadow.model))
+        contexts = (shadow.mode, enable_python_dispatcher(), shadow.unfixed_sizes())
         with contextlib.ExitStack() as stack:
-            for context in (*contexts, shadow.unfixed_sizes(), torch.no_grad()):
+            for context in (*contexts, torch.no_grad()):
                 stack.enter_context(context)
+            answers = stack.enter_context(traceable(shadow.model, sampled=sampled))
             try:
                 shadow.model(*call.args, **call.kwargs)
             except Exception as error:  # any failure of foreign code is a reason in the report
                 problem = describe(error)
+    reached = problem is None and recorder.calls.keys() == units(shadow.model).keys()
+    if answers.left_out and not reached:  # it may be for the experts that were left out
+        return _probe(shadow, inputs, call, sampled=False)
     return Probe(recorder.calls, inputs, problem)
 
 

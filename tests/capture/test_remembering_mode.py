@@ -1,0 +1,89 @@
+"""What is remembered and deduced of fake operators is what torch gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moe_compile.capture.remembering_mode import RememberingMode
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "one tensor": torch.sigmoid,
+    "a number": lambda x: x.clamp(-1, 1),
+    "a number of another kind": lambda x: x.long() * 0.5,
+    "a comparison": lambda x: x > 0,
+    "two tensors": lambda x: x * x,
+    "two dtypes": lambda x: x + x.bfloat16(),
+    "a scalar tensor": lambda x: x.bfloat16() * torch.ones((), dtype=torch.float32),
+    "a broadcast row": lambda x: x + torch.ones(8),
+    "a broadcast column": lambda x: x * torch.ones(x.shape[0], x.shape[1], 1),
+    "two broadcasts": lambda x: torch.ones(x.shape[0], 1) + torch.ones(1, 8),
+    "a transposed tensor": lambda x: torch.sigmoid(x.transpose(0, 1)),
+    "two orders": lambda x: x.transpose(1, 2) + torch.ones(8, x.shape[1]),
+    "a half": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "every other": lambda x: x[..., ::2] * x[..., 1::2],
+    "a cast": lambda x: x.to(torch.bfloat16),
+    "a copy": lambda x: x.transpose(0, 1).clone(),
+    "a copy of another layout": lambda x: x.transpose(0, 1).contiguous(),
+    "zeros": torch.zeros_like,
+    "rows": lambda x: x.view(-1, 8),
+    "heads": lambda x: x.view(x.shape[0], x.shape[1], 2, 4),
+    "heads of rows": lambda x: x.view(-1, 8).view(x.shape[0], -1, 2, 4).transpose(1, 2),
+    "parts": lambda x: x.split([3, 5], dim=-1),
+    "the largest": lambda x: x.max(-1),
+    "a product": lambda x: x @ torch.ones(8, 3),
+    "a cast in place": lambda x: x.clone().add_(1),
+    "a new order in place": lambda x: torch.sigmoid(x.clone().transpose_(0, 1)),
+}
+
+
+def described(mode: FakeTensorMode, function: Callable[..., Any], times: int) -> list[Any]:
+    """Sizes, strides, offsets and dtypes of what a function gave for new inputs each time."""
+    env = mode.shape_env
+    assert env is not None
+    with mode:
+        sizes = [env.create_unbacked_symint() for _ in range(2)]
+        for size in sizes:
+            torch._check(size >= 2)
+        results = [function(torch.empty(*sizes, 8)) for _ in range(times)]
+    named = {str(size): name for size, name in zip(sizes, "bs", strict=True)}
+    return [[_form(leaf, named) for leaf in _tensors(result)] for result in results]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _form(tensor: Tensor, named: dict[str, str]) -> tuple[Any, ...]:
+    sizes = str((tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+    for symbol, name in named.items():
+        sizes = sizes.replace(f"Max(1, {symbol})", name).replace(symbol, name)
+    return sizes, tensor.dtype, tensor.device
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_forms_are_those_that_torch_gives(name: str) -> None:
+    (want,) = described(FakeTensorMode(shape_env=ShapeEnv()), OPERATORS[name], times=1)
+    mode = RememberingMode(shape_env=ShapeEnv())
+    first, again = described(mode, OPERATORS[name], times=2)
+    assert first == want
+    assert again == want
+    (other,) = described(mode, OPERATORS[name], times=1)  # sizes of other names
+    assert other == want
+
+
+def test_numbers_that_are_known_stay_known() -> None:
+    with RememberingMode(shape_env=ShapeEnv()):
+        for number in (1.0, 2.0):
+            assert torch.tensor(number).item() == number
+
+
+def test_a_size_that_depends_on_data_is_new_each_time() -> None:
+    with RememberingMode(shape_env=ShapeEnv()):
+        first, second = (torch.nonzero(torch.ones(6)).shape[0] for _ in range(2))
+    assert str(first) != str(second)

@@ -51,6 +51,7 @@ class ModuleCall:
         conditions: what the call's Python code asked of a symbolic size, with the answer.
         assumes: whether its code, so far, got an answer that depends on the routing.
         optional: whether it was made after such an answer: other data may not lead to it.
+        leaves: what its code, or that of a call in it, leaves on modules and objects.
     """
 
     path: str | None
@@ -65,6 +66,7 @@ class ModuleCall:
     conditions: list[tuple[Any, bool]] = field(default_factory=list[tuple[Any, bool]])
     assumes: bool = False
     optional: bool = False
+    leaves: list[str] = field(default_factory=list[str])
 
 
 class CallLog:
@@ -127,6 +129,18 @@ class CallLog:
         """Notes that the code of the innermost open call got an answer that depends on data."""
         if self.open:
             self.calls[self.open[-1]].assumes = True
+
+    def leave(self, path: str, names: list[str]) -> None:
+        """Notes what was left on the module at a path: its own code, or its caller's, left it."""
+        if not names:
+            return
+        calls = [i for i, call in enumerate(self.calls) if call.path == path]
+        callers = [self.calls[i].parent for i in calls]
+        for i in {*calls, *callers} if calls else range(len(self.calls)):
+            if i is not None:
+                self.calls[i].leaves += names
+        for name in names:  # what was left is not what was there to be read
+            self.reads.pop((path, name), None)
 
     def _functions(self) -> Any:
         """Marks custom autograd functions: tracing drops their backward, so nothing may cut in."""

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
-from moe_compile.capture.shadow import Shadow, unchanged
+from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, autocast
+from moe_compile.capture.unchanged import Unchanged
 
 Form = tuple[Call, torch.dtype | None]
 """A call, and the dtype of autocast."""
@@ -51,7 +52,7 @@ def observe(
     with contextlib.ExitStack() as stack:
         for path in paths:
             stack.callback(_watch(unit.get_submodule(path), path, seen).remove)
-        stack.enter_context(unchanged(unit))
+        stack.enter_context(Unchanged(unit))
         contexts = (shadow.mode, enable_python_dispatcher(), traceable(unit))
         for context in (*contexts, shadow.unfixed_sizes(), torch.no_grad()):
             stack.enter_context(context)

@@ -107,6 +107,9 @@ def _capture(
     hidden: Hidden,
     differing: set[Attribute],
 ) -> Group:
+    if call.state is not None:
+        problem = f"its code may read {call.state}, which other code has left there"
+        return Group([], None, problem=problem, holds_experts=_may_hold_experts(unit, ()))
     forms, problem = call_forms(call, autocast), call.problem
     while forms and call.problem is None:
         matters = set[str]()
@@ -138,14 +141,14 @@ def _may_hold_experts(unit: nn.Module, parts: Iterable[str]) -> bool:
 def reads_agree(reads: dict[Attribute, Any], module: nn.Module) -> bool:
     """Whether a module has the attribute values that the capture of another one read."""
     return all(
-        name == "training" or _same(getattr(module.get_submodule(path), name), value)
+        name == "training" or _same(getattr(module.get_submodule(path), name, None), value)
         for (path, name), value in reads.items()
     )
 
 
 def differences(reads: dict[Attribute, Any], module: nn.Module) -> set[Attribute]:
     """Plain attributes that a module has other values of than the capture of another one read."""
-    values = {key: getattr(module.get_submodule(key[0]), key[1]) for key in reads}
+    values = {key: getattr(module.get_submodule(key[0]), key[1], None) for key in reads}
     plain = {key for key, value in values.items() if isinstance(value, (int, float, str))}
     return {key for key in plain if key[1] != "training" and not _same(values[key], reads[key])}
 

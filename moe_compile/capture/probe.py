@@ -8,7 +8,6 @@ like one before it is not run again, so a probe takes about the same time at any
 
 import contextlib
 import copy
-import enum
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.every_expert import traceable
-from moe_compile.capture.shadow import Shadow, unchanged
+from moe_compile.capture.shadow import Shadow
+from moe_compile.capture.unchanged import Unchanged, is_store
 from moe_compile.capture.untouched import UntouchedStore
 
 
@@ -28,12 +28,15 @@ from moe_compile.capture.untouched import UntouchedStore
 class Call:
     """The arguments of one unit's call: fake tensors with symbolic sizes, and plain values.
 
-    `problem` is why the unit's own code could not run on fake tensors, or None.
+    Attributes:
+        problem: why the unit's own code could not run on fake tensors, or None.
+        state: what other code has left where the unit's code may look, or None.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     problem: str | None = None
+    state: str | None = None
 
     def key(self) -> Hashable:
         """What two calls must share to be one call form: structure, dtypes, shapes and values."""
@@ -42,7 +45,7 @@ class Call:
 
     def stores(self) -> list[Any]:
         """The arguments in which tensors may be kept, such as a key-value cache."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _is_store(leaf)]
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if is_store(leaf)]
 
     def fresh(self) -> "Call":
         """The same call, with copies of its stores."""
@@ -54,7 +57,7 @@ class Call:
 
     def _with_stores(self, change: Callable[[Any], Any]) -> "Call":
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
-        changed = [change(leaf) if _is_store(leaf) else leaf for leaf in leaves]
+        changed = [change(leaf) if is_store(leaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(changed, spec)
         return Call(args, kwargs, self.problem)
 
@@ -108,9 +111,9 @@ def probe(shadow: Shadow, example_inputs: tuple[Any, ...] | dict[str, Any] | Non
 
 
 def _probe(shadow: Shadow, inputs: str, call: Call, *, sampled: bool = True) -> Probe:
-    recorder = _Recorder(shadow)
     problem: str | None = None
-    with unchanged(shadow.model):
+    with Unchanged(shadow.model) as before:
+        recorder = _Recorder(shadow, before)
         for name, unit in units(shadow.model).items():
             recorder.attach(name, unit)
         contexts = (shadow.mode, enable_python_dispatcher(), shadow.unfixed_sizes())
@@ -174,8 +177,8 @@ def _own_forward(module: nn.Module) -> Any:
 class _Recorder:
     """Stands in for the `forward` of every unit of a shadow while it is probed."""
 
-    def __init__(self, shadow: Shadow) -> None:
-        self.shadow = shadow
+    def __init__(self, shadow: Shadow, before: Unchanged) -> None:
+        self.shadow, self.before = shadow, before
         self.calls: dict[str, Call] = {}
         self.outputs: dict[Hashable, Any] = {}
 
@@ -183,7 +186,7 @@ class _Recorder:
         original, kind = unit.forward, structure(unit)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = Call(args, kwargs).fresh()
+            call = replace(Call(args, kwargs).fresh(), state=self._state(name, unit))
             key = (kind, call.key())
             if key not in self.outputs or call.stores():
                 self.outputs[key], problem = self._run(original, args, kwargs)
@@ -192,6 +195,13 @@ class _Recorder:
             return pytree.tree_map_only(Tensor, torch.empty_like, self.outputs[key])
 
         unit.forward = forward
+
+    def _state(self, name: str, unit: nn.Module) -> str | None:
+        """What code left on the unit before its first call."""
+        if name in self.calls:
+            return None
+        left = [where for inner in unit.modules() for where in self.before.left_on(inner)]
+        return left[0] if left else None
 
     def _run(self, original: Any, args: Any, kwargs: Any) -> tuple[Any, str | None]:
         try:
@@ -257,12 +267,6 @@ def _has_sequence(tensor: Tensor) -> bool:
     return tensor.dim() >= 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
 
 
-def _is_store(leaf: Any) -> bool:
-    """Whether a leaf of a call is an object with a state of its own."""
-    plain = (Tensor, nn.Module, type, enum.Enum, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return hasattr(leaf, "__dict__") and not isinstance(leaf, plain) and not callable(leaf)
-
-
 def _copy(store: Any) -> Any:
     """The object with copies of all that it holds, but with the same tensors."""
     return copy.deepcopy(store, {id(tensor): tensor for tensor in _tensors_in(store, set())})
@@ -283,4 +287,4 @@ def _leaf_key(leaf: Any) -> Hashable:
         return str(tuple(leaf.shape)), leaf.dtype, leaf.device.type
     if isinstance(leaf, (bool, int, float, str, type(None), torch.dtype)):
         return type(leaf), leaf
-    return type(leaf), None if _is_store(leaf) else id(leaf)
+    return type(leaf), None if is_store(leaf) else id(leaf)

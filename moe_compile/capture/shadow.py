@@ -4,9 +4,7 @@ Probing and tracing work on the shadow, so they cost no memory, may change modes
 like, and cannot leave a hook or a flag behind on the user's model.
 """
 
-import contextlib
 import copy
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,25 +54,6 @@ class Shadow:
 
 class Sizes(RememberingShapeEnv, HitShapeEnv):
     """The symbolic sizes of a shadow."""
-
-
-@contextlib.contextmanager
-def unchanged(module: nn.Module) -> Generator[None]:
-    """Forgets what a forward in it leaves behind on the module: caches, counters, buffers."""
-    tables = ("_parameters", "_buffers", "_modules")
-    before = [
-        (inner, dict(vars(inner)), [dict(vars(inner)[table]) for table in tables])
-        for inner in module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for inner, attributes, contents in before:
-            vars(inner).clear()
-            vars(inner).update(attributes)
-            for table, content in zip(tables, contents, strict=True):
-                attributes[table].clear()
-                attributes[table].update(content)
 
 
 def cast_shadow(model: nn.Module, device: torch.device | None = None) -> Shadow:

@@ -22,8 +22,9 @@ from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import Attribute, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import traceable
 from moe_compile.capture.probe import Call
-from moe_compile.capture.shadow import Shadow, unchanged
+from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import recorded_lines
+from moe_compile.capture.unchanged import Unchanged
 from moe_compile.capture.untouched import Touched, Untouched, UntouchedAttribute
 from moe_compile.capture.wrapping import untraced_wrapping
 
@@ -97,10 +98,10 @@ def trace(
     stores, call = call.stores(), call.without_stores()
     while True:
         try:
-            with unchanged(unit):
+            with Unchanged(unit) as before:
                 for path, name in hidden:
                     vars(unit.get_submodule(path))[name] = UntouchedAttribute(path, name)
-                capture = _trace(shadow, unit, _without_values(unit, call, matters), mode)
+                capture = _trace(shadow, unit, _without_values(unit, call, matters), mode, before)
             for node in capture.graph.nodes:
                 if node.target is exit:
                     node.meta["observed"] = observed and node.args[0] == 0
@@ -128,7 +129,7 @@ def _takes_any_keyword(unit: nn.Module) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
+def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode, before: Unchanged) -> Capture:
     names, tensors = _state(unit)
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -142,17 +143,28 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode) -> Capture:
         able = traceable(unit, assumed=log.assume)
         with log.recording(), able, autocast(mode, shadow.device), recorded_lines():
             values = dict(zip(names, state, strict=True))
-            return torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
+            result = torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)
+        for name in [name for name, tensor in values.items() if _is_written(tensor)]:
+            path, _, attribute = name.rpartition(".")
+            log.leave(path, [attribute])
+        return result
 
     unit.train(mode.training is not False)
     shadow.forget_pending_sizes()
     with shadow.mode, enable_python_dispatcher():
         module = _functional(run, tensors, [leaves[i] for i in where])
+    for path, inner in unit.named_modules():
+        log.leave(path, before.left_on(inner))
     graph = _with_boundaries(module.graph, names)
     for node in graph.nodes:
         functions = [log.calls[i].label for i in node.meta["calls"] if log.calls[i].path is None]
         node.meta["function"] = functions[0] if functions else None
     return Capture(graph, log.calls, log.reads, mode)
+
+
+def _is_written(tensor: Any) -> bool:
+    """Whether a parameter or a buffer was changed in place."""
+    return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
 
 
 def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:

@@ -84,6 +84,7 @@ class _Cutter:
         for node in inside:
             self._copy(node)
         result = Cut(self.path, self.call, self.graph, made_by=self._made_by(inside))
+        self._check_leaves()
         self.graph.output(self._output(last, result))
         result.conditions = self._conditions(inside)
         result.crossed = self._crossed(inside)
@@ -130,6 +131,12 @@ class _Cutter:
             if self.unit.calls[call].path is None:
                 label = self.unit.calls[call].label
                 raise Refuse(f"{label} is a custom autograd function: its backward would be lost")
+
+    def _check_leaves(self) -> None:
+        """Refuses code that leaves something behind: a graph would not."""
+        for i, call in enumerate(self.unit.calls):
+            if self._is_inlined(i) and call.leaves:
+                raise Refuse(f"its code leaves {call.leaves[0]} behind for other code to read")
 
     def _call_child(self, call: ModuleCall, begins: fx.Node) -> fx.Node:
         if call.path is None:
@@ -228,7 +235,7 @@ class _Cutter:
         asked = [
             question
             for i, call in enumerate(self.unit.calls)
-            if i == self.index or (i not in self.still_made and self._below(i))
+            if self._is_inlined(i)
             for question in call.conditions
         ]
         if not asked:
@@ -245,6 +252,10 @@ class _Cutter:
         self.graph.output(tuple(answers))
         conditions, self.graph = self.graph, body
         return conditions
+
+    def _is_inlined(self, call: int) -> bool:
+        """Whether its code becomes part of the graph."""
+        return call == self.index or (call not in self.still_made and self._below(call))
 
     def _below(self, call: int | None) -> bool:
         while call is not None and call != self.index:

@@ -37,8 +37,9 @@ class RememberingMode(FakeTensorMode):
         """What torch gives, or tensors of the same forms."""
         kwargs = kwargs or {}
         if not _is_pure(func):
+            result = super().__torch_dispatch__(func, types, args, kwargs)
             self._forget(args, kwargs)
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return result
         try:
             key = func, torch.get_default_dtype(), self._key(args), self._key(kwargs)
         except Formless:

@@ -136,7 +136,8 @@ class _Cutter:
         """Refuses code that leaves something behind: a graph would not."""
         for i, call in enumerate(self.unit.calls):
             if self._is_inlined(i) and call.leaves:
-                raise Refuse(f"its code leaves {call.leaves[0]} behind for other code to read")
+                reason = f"its code leaves {call.leaves[0]} behind for other code to read"
+                raise Refuse(reason, remedy="return it, or give the experts a module of their own")
 
     def _call_child(self, call: ModuleCall, begins: fx.Node) -> fx.Node:
         if call.path is None:

@@ -7,6 +7,7 @@ second where `torch.export` takes several, keeps `linear`, `softmax` and
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -215,18 +216,59 @@ def _with_boundaries(traced: fx.Graph, names: list[str]) -> fx.Graph:
     open_calls: list[int] = []
     placeholders = [node for node in traced.nodes if node.op == "placeholder"]
     state = dict(zip(placeholders, names, strict=False))
+    sizes: dict[Any, fx.Node] = {}
     for node in traced.nodes:
         if node.target is enter:
             open_calls.append(node.args[0])
         if node in state:
             env[node] = graph.create_node("get_attr", state[node], name=node.name)
+        elif node.target is torch.ops.aten.sym_numel.default:
+            env[node] = _elements(graph, env[node.args[0]], sizes)
+            continue
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = {"val": node.meta.get("val"), "source": node.meta.get("source")}
         env[node].meta["calls"] = _calls(env[node], open_calls)
+        for size in _symbolic_sizes(node.meta.get("val")):
+            sizes.setdefault(size.node.expr, env[node])
         if node.target is exit:
             assert open_calls.pop() == node.args[0], "module calls must nest"
     return graph
+
+
+def _symbolic_sizes(value: Any) -> list[torch.SymInt]:
+    sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else []
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def _elements(graph: fx.Graph, tensor: fx.Node, sizes: dict[Any, fx.Node]) -> Any:
+    """The number of elements, as a product: of sizes of the tensors that first had them.
+
+    Torch has one symbol for it, which it reads off the first tensor with as many: one whose values
+    a rewrite may drop.
+    """
+    known: int = 1
+    factors: list[fx.Node] = []
+    for size in tensor.meta["val"].shape:
+        if isinstance(size, int):
+            known *= size
+            continue
+        source = sizes[size.node.expr]
+        dims = [str(other) for other in source.meta["val"].shape]
+        factors.append(
+            graph.call_function(torch.ops.aten.sym_size.int, (source, dims.index(str(size))))
+        )
+        factors[-1].meta = dict(source.meta) | {"val": size}
+    result: Any = known if known != 1 or not factors else factors.pop(0)
+    for factor in factors:
+        product = _value(result) * _value(factor)
+        result = graph.call_function(operator.mul, (result, factor))
+        result.meta = dict(factor.meta) | {"val": product}
+    return result
+
+
+def _value(number: Any) -> Any:
+    return number.meta["val"] if isinstance(number, fx.Node) else number
 
 
 def _calls(node: fx.Node, open_calls: list[int]) -> tuple[int, ...]:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -5,8 +7,8 @@ from moe_compile.capture.unchanged import Unchanged
 
 
 class Holder:
-    def __init__(self) -> None:
-        self.number, self.kept = 0, None
+    number = 0
+    kept: list[Tensor] | None = None
 
 
 class Layer(nn.Module):
@@ -16,7 +18,8 @@ class Layer(nn.Module):
         self.register_buffer("load", torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.last, self.holder.kept = x, [x]
+        self.last = x
+        self.holder.kept = [x]
         self.calls += 1
         self.holder.number += 1
         self.load = x
@@ -28,7 +31,7 @@ def test_what_a_forward_leaves_is_forgotten() -> None:
     model = nn.Sequential(Layer())
     with Unchanged(model):
         model(torch.ones(2))
-    layer = model[0]
+    layer: Any = model[0]
     assert layer.last is layer.holder.kept is None
     assert layer.calls == layer.holder.number == 0
     assert not hasattr(layer, "extra")

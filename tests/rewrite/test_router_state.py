@@ -1,5 +1,7 @@
 """Routers that hand something on to the router of the next layer."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,9 +106,10 @@ class LooksBack(nn.Module):
         self.layers = nn.ModuleList(KeepsInItself() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
             x = layer(x)
-        return x + sum(layer.last.square().mean() for layer in self.layers)
+        return x + sum(layer.last.square().mean() for layer in layers)
 
 
 def run(model: nn.Module) -> dict[str, Tensor]:
@@ -135,6 +138,8 @@ def test_experts_that_get_the_state_as_an_argument_are_rewritten() -> None:
 
 class Counts(Block):
     """Counts in a buffer how often each expert is picked."""
+
+    load: Tensor
 
     def __init__(self) -> None:
         super().__init__()

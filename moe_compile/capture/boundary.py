@@ -52,6 +52,7 @@ class ModuleCall:
         assumes: whether its code, so far, got an answer that depends on the routing.
         optional: whether it was made after such an answer: other data may not lead to it.
         leaves: what its code, or that of a call in it, leaves on modules and objects.
+        writes: whether its code changes a tensor that it is given.
     """
 
     path: str | None
@@ -67,6 +68,7 @@ class ModuleCall:
     assumes: bool = False
     optional: bool = False
     leaves: list[str] = field(default_factory=list[str])
+    writes: bool = False
 
 
 class CallLog:
@@ -80,6 +82,7 @@ class CallLog:
         self.unit = unit
         self.calls: list[ModuleCall] = []
         self.open: list[int] = []
+        self.given: list[list[tuple[Tensor, Any]]] = []
         self.reads: dict[Attribute, Any] = {}
 
     @contextlib.contextmanager
@@ -115,7 +118,8 @@ class CallLog:
         self.open.append(len(self.calls))
         call = ModuleCall(path, parent, label, _plain(leaves), spec, where, optional=optional)
         self.calls.append(call)
-        _mark(enter, self.open[-1], [leaves[i] for i in where])
+        tensors = [leaves[i] for i in where]
+        self.given.append(list(zip(tensors, _mark(enter, self.open[-1], tensors), strict=True)))
 
     def _end(self, output: Any) -> None:
         leaves, spec = pytree.tree_flatten(output)
@@ -124,6 +128,7 @@ class CallLog:
         call.outputs, call.output_spec = _plain(leaves), spec
         call.tensor_outputs = _tensor_positions(leaves)
         _mark(exit, index, [leaves[i] for i in call.tensor_outputs])
+        call.writes = any(_traced(tensor) is not value for tensor, value in self.given.pop())
 
     def assume(self) -> None:
         """Notes that the code of the innermost open call got an answer that depends on data."""
@@ -228,18 +233,24 @@ def _plain(leaves: list[Any]) -> list[Any]:
     return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _mark(boundary: Callable[..., None], call: int, tensors: list[Tensor]) -> None:
-    """Adds a boundary's node to the graph of the running trace."""
-    mode = proxy_tensor.get_proxy_mode()
-    assert mode is not None, "module calls are recorded while they are traced"
-    tracer = mode.tracer
-    arguments = [tracer.create_arg(_traced(tensor, tracer)) for tensor in tensors]
+def _mark(boundary: Callable[..., None], call: int, tensors: list[Tensor]) -> list[Any]:
+    """Adds a boundary's node to the graph of the running trace; returns what it knows them by."""
+    tracer = _tracer()
+    values = [_traced(tensor) for tensor in tensors]
+    arguments = [tracer.create_arg(value) for value in values]
     tracer.create_node("call_function", boundary, (call, *arguments), {})
+    return values
 
 
-def _traced(tensor: Tensor, tracer: Any) -> Any:
-    """What the tracer knows a tensor by; a constant is known by itself."""
+def _traced(tensor: Tensor) -> Any:
+    """What the tracer knows a tensor's value by; a constant is known by itself."""
     if isinstance(tensor, FunctionalTensor):
         tensor = tensor.from_functional()
-    known = proxy_tensor.get_proxy_slot(tensor, tracer, None)
+    known = proxy_tensor.get_proxy_slot(tensor, _tracer(), None)
     return tensor if known is None else known.proxy
+
+
+def _tracer() -> Any:
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None, "module calls are recorded while they are traced"
+    return mode.tracer

@@ -134,6 +134,8 @@ class _Cutter:
 
     def _check_leaves(self) -> None:
         """Refuses code that leaves something behind: a graph would not."""
+        if self.call.writes:
+            raise Refuse("its code changes its argument in place", remedy="change a copy of it")
         for i, call in enumerate(self.unit.calls):
             if self._is_inlined(i) and call.leaves:
                 reason = f"its code leaves {call.leaves[0]} behind for other code to read"

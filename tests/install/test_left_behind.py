@@ -1,4 +1,4 @@
-"""Routers that hand something on to the router of the next layer."""
+"""Code that hands something on beside its result, such as a router its state to the next one."""
 
 from typing import Any
 
@@ -171,7 +171,35 @@ def test_a_buffer_that_the_code_writes_is_written() -> None:
     assert all(models.original.layers[0].load > 0)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(LooksBack, "last"), (Counting, "load")])
+class Doubles(Block):
+    """Changes its argument, which its caller uses afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.mixed(x, self.gate(x.reshape(-1, WIDTH)))
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Doubles() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * 1.0
+            x = layer(x) + x
+        return x
+
+
+def test_an_argument_that_the_code_changes_is_changed() -> None:
+    models = make_pair(Doubling(), example_inputs=(torch.randn(2, 5, WIDTH),))
+    check_close(run(models.optimized), run(models.original))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(LooksBack, "last"), (Counting, "load"), (Doubling, "changes its argument in place")],
+)
 def test_code_that_leaves_something_is_refused(kind: type[nn.Module], reason: str) -> None:
     report = moe_compile.explain(kind(), example_inputs=(torch.randn(2, 5, WIDTH),))
     sites = [site for site in report.sites if site.kind == "experts"]

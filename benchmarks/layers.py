@@ -48,15 +48,22 @@ class Family:
     """A config: what differs from the class's defaults, and the rows and tokens of a batch."""
 
     config: str
-    sizes: dict[str, Any] = field(default_factory=dict[str, Any])
+    sizes: dict[str, Any]
     shape: tuple[int, int] = (2, 4096)
+    tiny: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 OLMOE = {"intermediate_size": 1024}
 FAMILIES: dict[str, Family] = {
-    "gpt_oss": Family("GptOssConfig", SMALL | {"num_hidden_layers": 2, "num_local_experts": 32}),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        SMALL | {"num_hidden_layers": 2, "num_local_experts": 32},
+        tiny={"sliding_window": 8},
+    ),
     "deepseek_v3": Family(
-        "DeepseekV3Config", SMALL | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+        "DeepseekV3Config",
+        SMALL | {"num_hidden_layers": 2, "first_k_dense_replace": 1},
+        tiny={"num_key_value_heads": 4},
     ),
     "nemotron_h": Family(
         "NemotronHConfig",
@@ -79,7 +86,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixtral": Family("MixtralConfig", SMALL | {"num_hidden_layers": 4}),
     "olmoe": Family("OlmoeConfig", SMALL | OLMOE | {"num_hidden_layers": 8}),
-    "qwen3_next": Family("Qwen3NextConfig", SMALL | {"num_hidden_layers": 4}),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        SMALL | {"num_hidden_layers": 4},
+        tiny={"layer_types": ["linear_attention", "full_attention"]},
+    ),
     "olmoe_whole": Family("OlmoeConfig", OLMOE),
 }
 """gpt-oss-20b, DeepSeek-V3, Nemotron-3-Nano-30B-A3B, Mixtral-8x7B, OLMoE-1B-7B, Qwen3-Next-80B."""
@@ -116,11 +127,9 @@ TINY: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
-    "sliding_window": 8,
-    "layer_types": ["linear_attention", "full_attention"],
     "eos_token_id": 2,
 }
-"""Replaces every size that a config has, to prove that this script runs."""
+"""Replaces the sizes that a config has, to prove that this script runs; then `Family.tiny` does."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +157,8 @@ def config_of(family: Family, tiny: bool) -> Any:
     sizes = dict(family.sizes)
     if tiny:
         known = vars(kind(**sizes))
-        fixed = {"layers_block_type"} if "layers_block_type" in sizes else set[str]()
-        skip = {"sliding_window", "layer_types"} - _own(family.config)
-        sizes |= {n: v for n, v in TINY.items() if n in known and n not in fixed | skip}
+        sizes |= {n: v for n, v in TINY.items() if n in known} | family.tiny
     return kind(use_cache=False, **sizes)
-
-
-def _own(config: str) -> set[str]:
-    """The options of one family alone, though configs of others have them too."""
-    return {"GptOssConfig": {"sliding_window"}, "Qwen3NextConfig": {"layer_types"}}.get(
-        config, set()
-    )
 
 
 def build(family: Family, args: argparse.Namespace) -> Any:

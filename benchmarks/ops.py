@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from machine import describe, markdown
-from op_cases import CASES, TINY, Case, Sizes
+from op_cases import CASES, Case
+from op_sizes import TINY, Sizes
 from timing import failure, milliseconds, worst
 from torch import Tensor
 

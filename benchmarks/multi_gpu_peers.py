@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 KERNELS: dict[str, dict[str, Any]] = {
-    "automodel": {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "te"},
+    "automodel": {"attn": "te", "linear": "te", "rms_norm": "te"},
     "automodel_torch": {"attn": "sdpa", "linear": "torch", "rms_norm": "torch"},
-    "automodel_fake": {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "te"},
+    "automodel_fake": {"attn": "te", "linear": "te", "rms_norm": "te"},
 }
 MESH = {"mesh_dim_names": ("ep",)}
 
@@ -97,7 +97,8 @@ def moe(
 def automodel(peer: str, config: Qwen3MoeConfig, args: argparse.Namespace) -> nn.Module:
     """NeMo AutoModel's port; its auxiliary loss, which no other peer has, is off.
 
-    Its DeepEP path permutes with TransformerEngine, whatever else the kernels are.
+    Kernels are those of its own benchmark recipe of this model: TransformerEngine's, and grouped
+    products by torch. Its DeepEP path permutes with TransformerEngine, whatever else is chosen.
     """
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components.distributed import DistributedSetup, ParallelismSizes
@@ -114,6 +115,7 @@ def automodel(peer: str, config: Qwen3MoeConfig, args: argparse.Namespace) -> nn
     if dist.get_rank() == 0:
         print(peer, backend, flush=True)
     setup = DistributedSetup.build("fsdp2", ParallelismSizes(ep_size=args.ranks))
+    args.moe_mesh = setup.mesh_context.moe_mesh
     return NeMoAutoModelForCausalLM.from_config(
         config, torch_dtype=torch.bfloat16, backend=backend, distributed_setup=setup
     ).train()

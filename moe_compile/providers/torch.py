@@ -176,7 +176,7 @@ def _experts(
     # The last product is linear: weighed before it, its rows are neither kept nor read again for
     # the gradient of the weights.
     weigh_inside = norm is None and not weigh_input
-    rows = _weighed(activation, rows, weight) if weigh_inside else activation(rows)
+    rows = _weighed(activation, rows, weight, offs) if weigh_inside else activation(rows)
     rows = grouped_linear(rows.to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         bias = _BiasRows.apply(down_bias, expert, offs)
@@ -190,13 +190,15 @@ def _experts(
     return collect_rows(rows, *grouped, picks).to(x.dtype)
 
 
-def _weighed(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> Tensor:
+def _weighed(
+    activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, offs: Tensor
+) -> Tensor:
     """activation(rows) * weight, by kernels for this activation where there are some."""
     key: str | None = getattr(activation, "key", None)
     has_kernels = rows.is_cuda and rows.dtype != torch.float64
     if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
         return activation(rows) * weight
-    return activate(rows, weight, key)
+    return activate(rows, weight, offs, key)
 
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {

@@ -13,7 +13,8 @@ from moe_compile.report import NearMissReport, Report
 from tests.pairs import pair
 
 KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "loss"}
-SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"} | {"near_miss"}
+SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"}
+SITE |= {"near_miss", "timings"}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
 import sys
 from typing import Any
 
+DELAY = 1.0
+"""Seconds without a bar."""
+
 
 class Progress:
     """Counts candidates; nobody knows how many there will be."""
@@ -27,4 +30,5 @@ class Progress:
 def _bar() -> Any:
     from tqdm import tqdm  # transformers needs it, so it is there
 
-    return tqdm(delay=1.0, disable=not sys.stderr.isatty(), leave=False, unit=" candidates")
+    hidden = not sys.stderr.isatty()
+    return tqdm(delay=DELAY, disable=hidden, leave=False, mininterval=0, unit=" candidates")

@@ -177,7 +177,10 @@ def _choice_lines(choices: list[Choice]) -> list[str]:
         for name, reason in choice.left_out.items():
             left_out.setdefault(f"{name}: {reason}", {})[choice.op] = None
     return [
-        *(f"No provider of {', '.join(ops)} was timed: {why}." for why, ops in untimed.items()),
+        *(
+            f"Preferred, not timed: providers of {', '.join(ops)}; {why}."
+            for why, ops in untimed.items()
+        ),
         *(f"No candidate for {', '.join(ops)} is {who}." for who, ops in left_out.items()),
     ]
 

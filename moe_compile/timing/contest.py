@@ -4,7 +4,7 @@ On several ranks rank 0 times, and tells the others: every rank must choose the 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from moe_compile.parallel.layout import Layout
 from moe_compile.providers.provider import Call, Provider
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.timing.cache import TimingCache
-from moe_compile.timing.inputs import Sizes, describe, forms_of
+from moe_compile.timing.inputs import Form, Sizes, describe, forms_of
 from moe_compile.timing.progress import Progress
 from moe_compile.timing.race import Race
 
@@ -42,7 +42,7 @@ class Timing:
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
     reason: str | None = None
 
-    def first(self, takers: list[Provider]) -> Provider:
+    def first(self, takers: Sequence[Provider]) -> Provider:
         """The fastest; without timings the preferred one."""
         timed = [provider for provider in takers if provider.name in self.milliseconds]
         return min(timed or takers[:1], key=lambda p: self.milliseconds.get(p.name, 0.0))
@@ -86,7 +86,7 @@ class Contests:
         sizes = Sizes.of(batch, sequence, _numbers(config.max_tokens_per_rank, device))
         return cls(device, sizes, layout, _why_off(config, device))
 
-    def decide(self, op: CanonicalOp[..., Any], call: Call, takers: list[Provider]) -> Timing:
+    def decide(self, op: CanonicalOp[..., Any], call: Call, takers: Sequence[Provider]) -> Timing:
         """What is known of the providers that take a call; times them if nothing is."""
         if self.off is not None:
             return Timing(reason=self.off)
@@ -94,7 +94,7 @@ class Contests:
             forms = forms_of(op, call, self.sizes)
         except Refuse as refusal:
             return Timing(reason=refusal.reason)
-        race = Race(op, forms, call.autocast, takers, self.device, self.options)
+        race = Race(op, forms, _autocast(call, forms), takers, self.device, self.options)
         key = race.key()
         if key not in self.known:
             start = time.perf_counter()
@@ -125,6 +125,13 @@ class Contests:
         return Timing(call, numbers, failures, None if numbers else "each of them fails")
 
 
+def _autocast(call: Call, forms: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of the autocast, unless all numbers have it: then it has next to nothing to do."""
+    dtypes = {form.dtype for form in forms.values() if isinstance(form, Form)}
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return None if floating == {call.autocast} else call.autocast
+
+
 def _numbers(max_tokens: int | None, device: torch.device) -> tuple[int, int]:
     """A batch and a sequence; together the tokens that a rank may bring, if that is promised."""
     length = _SEQUENCE.get(device.type, 1)
@@ -139,5 +146,5 @@ def _why_off(config: OptimizeConfig, device: torch.device) -> str | None:
     if config.measure is False:
         return "OptimizeConfig(measure=False)"
     if config.measure == "auto" and device.type != "cuda":
-        return "on a CPU they are with OptimizeConfig(measure=True)"
+        return "on a CPU only OptimizeConfig(measure=True) times them"
     return None

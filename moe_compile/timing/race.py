@@ -5,7 +5,7 @@ sizes alone: `dynamic=False`), with autocast where the call has it. It is timed 
 neighbours that Inductor may fuse it with.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Race:
     op: CanonicalOp[..., Any]
     forms: Mapping[str, Any]
     autocast: torch.dtype | None
-    takers: list[Provider]
+    takers: Sequence[Provider]
     device: torch.device
     options: Mapping[str, Any] | None
 

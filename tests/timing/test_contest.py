@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_a_timing_holds_for_nothing_else(
     elif change == "eps":
         call = Call((*CALL.args[:2], 1e-5))
     elif change == "autocast":
-        call = Call(CALL.args, autocast=torch.bfloat16)
+        call = Call(CALL.args, autocast=torch.bfloat16)  # of float32
     else:
         options = {"backend": "eager"}
     contests(options=options).decide(rms_norm, call, takers)
@@ -159,7 +160,7 @@ def test_the_random_state_stays_as_it_was() -> None:
     [
         ("auto", "cuda", None),
         (True, "cpu", None),
-        ("auto", "cpu", "on a CPU they are with OptimizeConfig(measure=True)"),
+        ("auto", "cpu", "on a CPU only OptimizeConfig(measure=True) times them"),
         (False, "cuda", "OptimizeConfig(measure=False)"),
         (True, "mps", "only cuda and cpu have a clock here, not mps"),
     ],
@@ -224,10 +225,18 @@ def test_the_wanted_one_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_says_why_nothing_was_timed() -> None:
     report = moe_compile.explain(build("mixtral"), config=OptimizeConfig(verify="off"))
-    reason = "on a CPU they are with OptimizeConfig(measure=True)"
-    assert f"No provider of rms_norm, experts was timed: {reason}." in str(report).splitlines()
+    reason = "on a CPU only OptimizeConfig(measure=True) times them"
+    line = f"Preferred, not timed: providers of rms_norm, experts; {reason}."
+    assert line in str(report).splitlines()
     reasons = {choice.reason for site in report.sites for choice in site.timings}
     assert reasons == {reason}
+
+
+def test_autocast_to_what_everything_is_changes_nothing(cache: Path) -> None:
+    args = (torch.ones(2, 8).bfloat16(), torch.ones(8).bfloat16(), 1e-6)
+    for autocast in (None, torch.bfloat16):
+        contests().decide(rms_norm, Call(args, autocast=autocast), [*pair()])
+    assert len(json.loads(cache.read_text())) == 1
 
 
 def agree(folder: str) -> tuple[str, dict[str, float], list[str]]:
@@ -246,6 +255,27 @@ def test_ranks_choose_what_rank_0_timed(tmp_path: Path) -> None:
     assert (name, other) == ("b", "b")
     assert numbers == same
     assert files == ["0.json"]
+
+
+def spread(folder: str) -> list[tuple[str | None, str]]:
+    """Experts of a model on two ranks: their providers, and what they were timed with."""
+    os.environ["MOE_COMPILE_CACHE"] = folder
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    config = OptimizeConfig(measure=True, autocast=False, providers={"rms_norm": "torch"})
+    model = moe_compile.optimize(build("mixtral"), mesh, config)
+    sites = [site for site in moe_compile.report(model).sites if site.kind == "experts"]
+    loss = model(**inputs()).loss
+    loss.backward()
+    return [(site.provider, choice.call) for site in sites for choice in site.timings]
+
+
+def test_ranks_time_their_share_of_the_experts(tmp_path: Path) -> None:
+    first, second = on_ranks(2, spread, str(tmp_path))
+    assert first == second
+    whole = build("mixtral").config.num_local_experts
+    for provider, call in first:
+        assert provider in ("all_to_all, torch", "all_to_all, formula")
+        assert f"up float32[{whole // 2}, " in call
 
 
 def differ() -> str:

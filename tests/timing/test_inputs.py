@@ -28,7 +28,7 @@ def test_another_unknown_size_is_refused() -> None:
     with shadow.mode:
         x = torch.empty(shadow.batch * shadow.sequence, 4)
     sizes = Sizes({shadow.batch.node.expr: sympy.Integer(3)}, 1)
-    with pytest.raises(Refuse, match="nobody knows a number for the size .* of an argument"):
+    with pytest.raises(Refuse, match=r"nobody knows a number for the size .* of an argument"):
         forms_of(rms_norm, Call((x, None, 1e-6)), sizes)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moe_compile.install.emit import emit_region
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
+from moe_compile.rewrite.region import Region
 
 _CONSTANTS = {"cos", "sin", "mask"}
 """Arguments of floats of which training wants no gradient."""
@@ -96,13 +98,16 @@ def describe(forms: Mapping[str, Any]) -> str:
 
 
 def make(forms: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Random tensors for the forms; picks are experts of `up`."""
+    """Random tensors for the forms; picks are experts of `up`. Regions become functions."""
     generator = torch.Generator(device).manual_seed(0)
     experts = forms["up"].shape[0] if "ids" in forms else 1
-    return {
-        name: _tensor(name, form, generator, experts) if isinstance(form, Form) else form
-        for name, form in forms.items()
-    }
+    made = dict(forms)
+    for name, value in forms.items():
+        if isinstance(value, Form):
+            made[name] = _tensor(name, value, generator, experts)
+        elif isinstance(value, Region):
+            made[name] = emit_region(value, name)  # as in a layer: Dynamo reads no graphs
+    return made
 
 
 def _tensor(name: str, form: Form, generator: torch.Generator, experts: int) -> Tensor:

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import fx
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
 from moe_compile import OptimizeConfig
-from moe_compile.ops import rms_norm
+from moe_compile.ops import experts, rms_norm
 from moe_compile.parallel.layout import layout_of
 from moe_compile.providers import Call, registry
+from moe_compile.rewrite.normal_form import aten
+from moe_compile.rewrite.region import Region
 from moe_compile.timing import Contests, Timing, contest, measure, versions
 from moe_compile.timing.cache import TimingCache
 from moe_compile.timing.inputs import Sizes
@@ -113,6 +116,20 @@ def test_layers_that_are_compiled_time_compiled_code(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", compile)
     decide(rms_norm, CALL, takers)
     assert seen == [{"fullgraph": True, "backend": "aot_eager", "dynamic": False}] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_experts_with_an_activation_from_a_graph() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(aten.silu.default, (graph.placeholder("x"),)))
+    x, up, down = torch.ones(6, 8), torch.ones(4, 16, 8), torch.ones(4, 8, 16)
+    ids = torch.zeros(6, 2, dtype=torch.int64)
+    call = Call((x, ids, torch.ones(6, 2), up, down, Region(graph)))
+    taking, _ = registry.takers(experts, call)
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    timing = contests(options=options).decide(experts, call, taking)
+    assert timing.failures == {}
+    assert set(timing.milliseconds) == {"torch", "formula"}
 
 
 def test_who_fails_does_not_win() -> None:

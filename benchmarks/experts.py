@@ -11,13 +11,11 @@ only: 6 T K H I forward and three times that with the backward.
 
 import argparse
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from machine import describe, markdown
+from timing import milliseconds, show_kernels, worst
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -49,29 +47,10 @@ class Block(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Mean time of a call, after four others."""
-    for _ in range(4):
-        run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
 def step(block: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     """The output and every gradient."""
     out = block(x)
     return [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
-
-
-def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest relative error."""
-    pairs = zip(found, wanted, strict=True)
-    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
 
 
 def measure(shape: str, profiled: bool) -> list[tuple[str, ...]]:
@@ -105,20 +84,8 @@ def measure(shape: str, profiled: bool) -> list[tuple[str, ...]]:
         rate, saved = f"{3 * flops / both / 1e9:.0f}", f"{kept / tokens / 1024:.1f} KiB"
         rows.append((shape, name, *cells, rate, saved, f"{error:.1e}"))
         if profiled:
-            show_kernels(name, block, x, grad)
+            show_kernels(name, lambda block=block: step(block, x, grad))
     return rows
-
-
-def show_kernels(name: str, block: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """Where the device's time goes."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(3):
-            step(block, x, grad)
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
-    print(f"{name}: kernel, calls and ms a step")
-    for event in events[:26]:
-        time = event.self_device_time_total / 3000
-        print(f"  {time:7.3f}  {event.count // 3:3d}  {event.key[:100]}")
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
-from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.group import Group
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.forward import bind
+from moe_compile.install.guards import foreign_guards
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def compile_units(
     for number, group in enumerate(groups):
         if options is not None and is_layer(group):
             layers = [model.get_submodule(name) for name in group.names]
-            _compile_layers(layers, number, options)
+            _compile_layers(layers, number, _with_few_guards(options))
 
 
 def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, Any] | None:
@@ -51,6 +51,14 @@ def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, A
 def is_layer(group: Group) -> bool:
     """Whether a group is of whole layers; what is beside them is not compiled."""
     return not group.is_part and any(n.rpartition(".")[2].isdigit() for n in group.names)
+
+
+def _with_few_guards(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `torch.compile`, whose own `options` are left out where there is a `mode`."""
+    if "mode" in options:
+        return options
+    inner = {"guard_filter_fn": foreign_guards} | options.get("options", {})
+    return options | {"options": inner}
 
 
 def _compile_layers(layers: list[nn.Module], number: int, options: dict[str, Any]) -> None:
@@ -72,11 +80,15 @@ def _entry(
     untraceable = WeakSet[nn.Module]()
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(self, *args, **kwargs)
         way = _way(self, args, kwargs)
-        if way is None or self in untraceable or torch.compiler.is_compiling():
+        if way is None or self in untraceable:
             return function(self, *args, **kwargs)
         if way not in compiled:
-            compiled[way] = torch.compile(_copy(function, number, len(compiled)), **options)
+            # Torch takes what it knows out of the inner options.
+            own = {name: dict(o) if name == "options" else o for name, o in options.items()}
+            compiled[way] = torch.compile(_copy(function, number, len(compiled)), **own)
         try:
             with hf.recording_inside():
                 return compiled[way](self, *args, **kwargs)
@@ -91,15 +103,32 @@ def _entry(
 
 def _way(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """What changes the compiled code beyond sizes; None for a call that stays uncompiled."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+    try:
+        kinds = _kind(args), _kind(kwargs)
+    except _Opaque:
         if layer.training:
             _warn_about_cache()
         return None
-    kinds = tuple(leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-    ambient = (torch.is_grad_enabled(), torch.is_autocast_enabled(device))
-    return layer.training, ambient, str(spec), kinds
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    device = "cpu" if first is None else first.device.type
+    return layer.training, torch.is_grad_enabled(), torch.is_autocast_enabled(device), kinds
+
+
+class _Opaque(Exception):
+    """An argument, such as a cache, whose inside may change with every call."""
+
+
+def _kind(value: Any) -> Hashable:
+    """An argument without the values in its tensors; this runs in every call of every layer."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
+    if isinstance(value, dict):
+        return tuple((name, _kind(inner)) for name, inner in value.items())
+    raise _Opaque
 
 
 def _warn_about_code(layer: nn.Module, error: Exception) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_compile.install.guards import EMITTED
 from moe_compile.rewrite.region import Region
 
 _INFIX: dict[Any, str] = {
@@ -36,7 +37,7 @@ def emit(graph: fx.Graph, name: str, *, method: bool = True) -> Callable[..., An
     source = writer.function(graph, name, method)
     filename = f"<moe_compile {name} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = dict(writer.values)
+    namespace: dict[str, Any] = {**writer.values, EMITTED: True}
     exec(compile(source, filename, "exec"), namespace)  # our own source, from our own graph
     function: Callable[..., Any] = namespace[name]
     function.__dict__["source"] = source

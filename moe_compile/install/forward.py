@@ -15,6 +15,7 @@ from moe_compile.capture.trace import Mode
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
+from moe_compile.install.guards import EMITTED
 from moe_compile.parallel.experts import own_experts, own_weights
 from moe_compile.rewrite.refuse import Refuse
 
@@ -143,6 +144,8 @@ def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) ->
             _warn_of_fallback(type(self).__name__)
         return original(self, *args, **kwargs)
 
+    forward.__dict__[EMITTED] = True
+    forward.__code__ = forward.__code__.replace()  # an object of its own, by which Dynamo knows it
     return forward
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from moe_compile.kernels.activation_source import ActivationSource, activation_source
+from moe_compile.kernels.visible import Wrap, as_it_is, show_kernels
 
 _GRAPHS: dict[str, fx.Graph] = {}
 """Every activation that was captured, by its key."""
@@ -44,9 +45,7 @@ def activate(x: Tensor, weight: Tensor, key: str) -> Tensor:
     Returns: [R, I] in x's dtype, fresh and contiguous, rounded once.
     """
     if x.is_cuda and x.dtype != torch.float64:
-        from moe_compile.kernels import activation_kernels
-
-        return activation_kernels.forward(_known(key, x), x, weight)
+        return _forward_on_gpu(x, weight, key)
     return (_run(key, x) * weight).to(x.dtype)
 
 
@@ -54,9 +53,7 @@ def activate(x: Tensor, weight: Tensor, key: str) -> Tensor:
 def activate_backward(grad: Tensor, x: Tensor, weight: Tensor, key: str) -> tuple[Tensor, Tensor]:
     """The gradients of x, [R, N], and of weight, [R, 1]; grad is [R, I]."""
     if x.is_cuda and x.dtype != torch.float64:
-        from moe_compile.kernels import activation_kernels
-
-        return activation_kernels.backward(_known(key, x), grad, x, weight)
+        return _backward_on_gpu(grad, x, weight, key)
     out, pull_back, *_ = torch.func.vjp(lambda x: _run(key, x), x)
     grad_weight = (out * grad).sum(1, keepdim=True).to(weight.dtype)
     return pull_back((grad * weight).to(x.dtype))[0].contiguous(), grad_weight
@@ -71,6 +68,24 @@ def _known(key: str, x: Tensor) -> ActivationSource:
 def _run(key: str, x: Tensor) -> Tensor:
     result: Tensor = fx.GraphModule({}, _GRAPHS[key])(x)
     return result
+
+
+def _forward_on_gpu(x: Tensor, weight: Tensor, key: str, *, wrap: Wrap = as_it_is) -> Tensor:
+    from moe_compile.kernels import activation_kernels  # needs Triton
+
+    return activation_kernels.forward(_known(key, x), x, weight, wrap=wrap)
+
+
+def _backward_on_gpu(
+    grad: Tensor, x: Tensor, weight: Tensor, key: str, *, wrap: Wrap = as_it_is
+) -> tuple[Tensor, Tensor]:
+    from moe_compile.kernels import activation_kernels
+
+    return activation_kernels.backward(_known(key, x), grad, x, weight, wrap=wrap)
+
+
+show_kernels(activate, _forward_on_gpu)
+show_kernels(activate_backward, _backward_on_gpu)
 
 
 @activate.register_fake

@@ -6,37 +6,39 @@ import functools
 import linecache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_compile.kernels.activation_source import ActivationSource
+from moe_compile.kernels.row_kernels import at_least_one
+from moe_compile.kernels.visible import Wrap, as_it_is
 
 _MOST_COLUMNS = 1024
 """The most numbers of a row that one program holds."""
 
 
-def forward(source: ActivationSource, x: Tensor, weight: Tensor) -> Tensor:
+def forward(
+    source: ActivationSource, x: Tensor, weight: Tensor, *, wrap: Wrap = as_it_is
+) -> Tensor:
     """`activation.activate` on a GPU."""
-    out = x.new_empty(x.shape[0], source.width)
-    size = _size(source)
-    if out.numel():
-        grid = x.shape[0], triton.cdiv(source.width, size)
-        _kernels(source)["forward"][grid](x.contiguous(), weight.contiguous(), out, size)
+    rows, size = x.shape[0], _size(source)
+    out = x.new_empty(rows, source.width)
+    grid = at_least_one(rows), triton.cdiv(source.width, size)
+    run = wrap(_kernels(source)["forward"])
+    run[grid](x.contiguous(), weight.contiguous(), out, rows, size)
     return out
 
 
 def backward(
-    source: ActivationSource, grad: Tensor, x: Tensor, weight: Tensor
+    source: ActivationSource, grad: Tensor, x: Tensor, weight: Tensor, *, wrap: Wrap = as_it_is
 ) -> tuple[Tensor, Tensor]:
     """`activation.activate_backward` on a GPU: everything is read once."""
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if x.shape[0]:
-        inputs = (t.contiguous() for t in (grad, x, weight))
-        run = _kernels(source)["backward"]
-        run[(x.shape[0],)](*inputs, grad_x, grad_weight, _size(source))
+    rows = x.shape[0]
+    grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    inputs = (t.contiguous() for t in (grad, x, weight))
+    run = wrap(_kernels(source)["backward"])
+    run[(at_least_one(rows),)](*inputs, grad_x, grad_weight, rows, _size(source))
     return grad_x, grad_weight
 
 
@@ -46,11 +48,11 @@ def _size(source: ActivationSource) -> int:
 
 _FORWARD = """
 @triton.jit
-def forward(x, weight, out, size: tl.constexpr):
+def forward(x, weight, out, rows, size: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row).to(tl.float32)
+    scale = tl.load(weight + row, mask=row < rows).to(tl.float32)
     at = tl.program_id(1) * size + tl.arange(0, size)
-    inside = at < {width}
+    inside = (at < {width}) & (row < rows)
     {loads}
     {lines}
     tl.store(out + row * {width} + at, {result} * scale, mask=inside)
@@ -58,20 +60,20 @@ def forward(x, weight, out, size: tl.constexpr):
 
 _BACKWARD = """
 @triton.jit
-def backward(outer, x, weight, grad_x, grad_weight, size: tl.constexpr):
+def backward(outer, x, weight, grad_x, grad_weight, rows, size: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row).to(tl.float32)
+    scale = tl.load(weight + row, mask=row < rows).to(tl.float32)
     total = tl.zeros([size], tl.float32)
     for start in range(0, {width}, size):
         at = start + tl.arange(0, size)
-        inside = at < {width}
+        inside = (at < {width}) & (row < rows)
         own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
         grad = own * scale
         {loads}
         {lines}
         total += tl.where(inside, {result} * own, 0.0)
         {stores}
-    tl.store(grad_weight + row, tl.sum(total, axis=0))
+    tl.store(grad_weight + row, tl.sum(total, axis=0), mask=row < rows)
 """
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compile.kernels.visible import Wrap, as_it_is, show_kernels
+
 
 @torch.library.custom_op("moe_compile::group_picks", mutates_args=())
 def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,9 +30,7 @@ def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         offs [E] int32, where each expert's rows end.
     """
     if ids.is_cuda:
-        from moe_compile.kernels import row_kernels
-
-        return row_kernels.group_picks(ids, num_experts)
+        return _group_on_gpu(ids, num_experts)
     # -1 becomes E, which sorts last.
     expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
@@ -51,9 +51,7 @@ def spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: 
         [T K, H], fresh and contiguous.
     """
     if x.is_cuda:
-        from moe_compile.kernels import row_kernels
-
-        return row_kernels.spread(x, inverse, picks)
+        return _spread_on_gpu(x, order, inverse, offs, picks)
     return spread_meaning(x, order, picks)
 
 
@@ -74,10 +72,8 @@ def collect_rows(rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, pic
     Returns:
         [T, H] in the rows' dtype, fresh and contiguous; summed in float32, if that is wider.
     """
-    if rows.is_cuda and rows.dtype != torch.float64:
-        from moe_compile.kernels import row_kernels
-
-        return row_kernels.collect(rows, inverse, offs, picks)
+    if rows.is_cuda:
+        return _collect_on_gpu(rows, order, inverse, offs, picks)
     return collect_meaning(rows, inverse, offs, picks)
 
 
@@ -86,6 +82,37 @@ def collect_meaning(rows: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> 
     is_real = (inverse < offs[-1])[:, None]
     own = torch.where(is_real, rows.index_select(0, inverse), 0)
     return own.view(-1, picks, rows.shape[1]).sum(dim=1)
+
+
+def _group_on_gpu(
+    ids: Tensor, num_experts: int, *, wrap: Wrap = as_it_is
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moe_compile.kernels import row_kernels  # needs Triton
+
+    return row_kernels.group_picks(ids, num_experts, wrap=wrap)
+
+
+def _spread_on_gpu(
+    x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
+) -> Tensor:
+    from moe_compile.kernels import row_kernels
+
+    return row_kernels.spread(x, inverse, picks, wrap=wrap)
+
+
+def _collect_on_gpu(
+    rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
+) -> Tensor:
+    from moe_compile.kernels import row_kernels
+
+    if rows.dtype == torch.float64:
+        return collect_meaning(rows, inverse, offs, picks)
+    return row_kernels.collect(rows, inverse, offs, picks, wrap=wrap)
+
+
+show_kernels(group_picks, _group_on_gpu)
+show_kernels(spread_rows, _spread_on_gpu)
+show_kernels(collect_rows, _collect_on_gpu)
 
 
 @group_picks.register_fake

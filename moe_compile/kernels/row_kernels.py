@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.kernels.visible import Wrap, as_it_is
+
 _PICKS = 128
 """Picks that one program ranks, by comparing each with each."""
 
@@ -60,64 +62,78 @@ def _place(
     tl.store(order + row, start + index, mask=is_pick)
 
 
-def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_picks(
+    ids: Tensor, num_experts: int, *, wrap: Wrap = as_it_is
+) -> tuple[Tensor, Tensor, Tensor]:
     """`expert_rows.group_picks` on a GPU: a counting sort of two passes over the picks."""
     num_picks = ids.numel()
-    programs = max(1, triton.cdiv(num_picks, _PICKS))
+    programs = at_least_one(triton.cdiv(num_picks, _PICKS))
     bins = triton.next_power_of_2(num_experts + 2)
     counts = torch.empty(bins, programs, dtype=torch.int32, device=ids.device)
     order, inverse = (counts.new_empty(num_picks) for _ in range(2))
     ids = ids.contiguous()
-    _count[(programs,)](ids, counts, num_picks, num_experts, bins, _PICKS)
+    wrap(_count)[(programs,)](ids, counts, num_picks, num_experts, bins, _PICKS)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     sizes = num_picks, num_experts, bins, _PICKS
-    _place[(programs,)](ids, ends, counts, order, inverse, *sizes)
+    wrap(_place)[(programs,)](ids, ends, counts, order, inverse, *sizes)
     return order, inverse, ends.view(bins, programs)[:num_experts, -1].contiguous()
 
 
 @triton.jit
-def _spread(x, inverse, out, width, picks: tl.constexpr, size: tl.constexpr):
+def _spread(x, inverse, out, tokens, width, picks: tl.constexpr, size: tl.constexpr):
     """A token's row to the place of each of its picks."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * size + tl.arange(0, size)
-    values = tl.load(x + token * width + columns, mask=columns < width)
+    inside = (columns < width) & (token < tokens)
+    values = tl.load(x + token * width + columns, mask=inside)
     for pick in tl.static_range(picks):
-        row = tl.load(inverse + token * picks + pick).to(tl.int64)
-        tl.store(out + row * width + columns, values, mask=columns < width)
+        row = tl.load(inverse + token * picks + pick, mask=token < tokens).to(tl.int64)
+        tl.store(out + row * width + columns, values, mask=inside)
 
 
 @triton.jit
-def _collect(rows, inverse, limit, out, width, picks: tl.constexpr, size: tl.constexpr):
-    """The sum of each token's rows in float32, without those from `limit` on."""
+def _collect(
+    rows, inverse, offs, out, tokens, width, last, picks: tl.constexpr, size: tl.constexpr
+):
+    """The sum of each token's rows in float32, without those from offs[last] on."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * size + tl.arange(0, size)
+    inside = (columns < width) & (token < tokens)
     total = tl.zeros([size], tl.float32)
-    count = tl.load(limit)
+    count = tl.load(offs + last)
     for pick in tl.static_range(picks):
-        row = tl.load(inverse + token * picks + pick).to(tl.int64)
-        is_real = (columns < width) & (row < count)
+        row = tl.load(inverse + token * picks + pick, mask=token < tokens, other=0).to(tl.int64)
+        is_real = inside & (row < count)
         total += tl.load(rows + row * width + columns, mask=is_real, other=0).to(tl.float32)
-    tl.store(out + token * width + columns, total, mask=columns < width)
+    tl.store(out + token * width + columns, total, mask=inside)
 
 
-def _grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
+def at_least_one(programs: int) -> int:
+    """A grid, symbolic or not, without programs is an error; what they do must be masked."""
+    return torch.sym_max(programs, 1)
+
+
+def _grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
     size = min(triton.next_power_of_2(width), _COLUMNS)
-    return (rows, triton.cdiv(width, size)), size
+    return (at_least_one(tokens), triton.cdiv(width, size)), size
 
 
-def spread(x: Tensor, inverse: Tensor, picks: int) -> Tensor:
+def spread(x: Tensor, inverse: Tensor, picks: int, *, wrap: Wrap = as_it_is) -> Tensor:
     """`expert_rows.spread_rows` on a GPU."""
-    out = x.new_empty(inverse.shape[0], x.shape[1])
-    grid, size = _grid(*x.shape)
-    if out.numel():
-        _spread[grid](x.contiguous(), inverse, out, x.shape[1], picks, size)
+    tokens, width = x.shape
+    out = x.new_empty(inverse.shape[0], width)
+    grid, size = _grid(tokens, width)
+    wrap(_spread)[grid](x.contiguous(), inverse, out, tokens, width, picks, size)
     return out
 
 
-def collect(rows: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
+def collect(
+    rows: Tensor, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
+) -> Tensor:
     """`expert_rows.collect_rows` on a GPU."""
-    out = rows.new_empty(inverse.shape[0] // picks, rows.shape[1])
-    grid, size = _grid(*out.shape)
-    if out.numel():
-        _collect[grid](rows.contiguous(), inverse, offs[-1:], out, rows.shape[1], picks, size)
+    tokens, width = inverse.shape[0] // picks, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    grid, size = _grid(tokens, width)
+    sizes = tokens, width, offs.shape[0] - 1, picks, size
+    wrap(_collect)[grid](rows.contiguous(), inverse, offs, out, *sizes)
     return out

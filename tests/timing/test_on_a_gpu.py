@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import moe_compile
 from moe_compile import OptimizeConfig
@@ -29,6 +30,11 @@ PACKAGES = {"liger": "liger_kernel", "transformer_engine": "transformer_engine"}
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_COMPILE_CACHE", str(tmp_path))
+
+
+def on_gpu() -> nn.Module:
+    model: Any = build("qwen3_moe", torch.bfloat16)
+    return model.cuda()
 
 
 def norm_call(rows: int) -> Call:
@@ -70,7 +76,7 @@ def test_a_compiled_model_with_norms_of_each_provider(provider: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the package {package}")
     config = OptimizeConfig(providers={"rms_norm": provider}, autocast=False)
-    models = make_pair(build("qwen3_moe", torch.bfloat16).cuda(), config)
+    models = make_pair(on_gpu(), config)
     sites = moe_compile.report(models.optimized).sites
     norms = [site for site in sites if site.kind == "rms_norm"]
     assert {(site.status, site.provider) for site in norms} == {("rewritten", provider)}
@@ -82,7 +88,7 @@ def test_a_compiled_model_with_norms_of_each_provider(provider: str) -> None:
 
 
 def test_by_default_a_model_is_timed() -> None:
-    model = moe_compile.optimize(build("qwen3_moe", torch.bfloat16).cuda())
+    model = moe_compile.optimize(on_gpu())
     report = moe_compile.report(model)
     timed = [site for site in report.sites if site.kind in ("rms_norm", "experts")]
     assert timed

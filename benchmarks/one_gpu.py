@@ -88,7 +88,7 @@ def loss_of(peer: str, model: PreTrainedModel, ids: Tensor) -> Tensor:
     if peer != "automodel":
         return model(input_ids=ids, labels=ids).loss
     out = model(input_ids=ids)
-    logits = getattr(out, "logits", out)[:, :-1].reshape(-1, VOCABULARY)
+    logits = getattr(out, "logits", out)[:, :-1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
 
 

@@ -33,14 +33,24 @@ def compile_units(
 
     What is beside the layers stays as it is.
     """
-    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
-        return
-    options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    options = compile_options(config, device)
     for number, group in enumerate(groups):
-        layers = [model.get_submodule(name) for name in group.names]
-        is_layer = any(name.rpartition(".")[2].isdigit() for name in group.names)
-        if is_layer and not group.is_part:
-            _compile_layers(layers, number, _with_few_guards({"fullgraph": True} | options))
+        if options is not None and is_layer(group):
+            layers = [model.get_submodule(name) for name in group.names]
+            _compile_layers(layers, number, _with_few_guards(options))
+
+
+def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, Any] | None:
+    """The options with which layers are compiled; None where they are not."""
+    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
+        return None
+    options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    return {"fullgraph": True} | options
+
+
+def is_layer(group: Group) -> bool:
+    """Whether a group is of whole layers; what is beside them is not compiled."""
+    return not group.is_part and any(n.rpartition(".")[2].isdigit() for n in group.names)
 
 
 def _with_few_guards(options: dict[str, Any]) -> dict[str, Any]:

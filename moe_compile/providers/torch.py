@@ -16,7 +16,7 @@ from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
-from moe_compile.providers.provider import Call
+from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
 
@@ -28,9 +28,14 @@ def _rms_norm(
     cast_first: bool = False,
     offset: float = 0.0,
 ) -> Tensor:
-    if offset or (weight is not None and weight.dtype != x.dtype):
-        return ops.rms_norm.reference(x, weight, eps, cast_first=cast_first, offset=offset)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if has_norm_kernel(x, weight, offset):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return ops.rms_norm.reference(x, weight, eps, cast_first=cast_first, offset=offset)
+
+
+def has_norm_kernel(x: Tensor, weight: Tensor | None, offset: float) -> bool:
+    """Whether `F.rms_norm` computes this norm."""
+    return not offset and (weight is None or weight.dtype == x.dtype)
 
 
 def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
@@ -224,11 +229,12 @@ class TorchProvider:
     """Implementations on torch's public functions, for every device and dtype that torch has."""
 
     name: str = "torch"
+    package: str | None = None
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse an op without an implementation, and arguments of mixed dtypes."""
         if op not in _IMPLEMENTATIONS:
-            return Refuse(f"torch has no implementation of {op.name}")
+            return Lacks(f"torch has no implementation of {op.name}")
         if op is ops.attention and call.autocast is not None:
             return None  # autocast gives every argument its dtype
         arguments = call.arguments(op)

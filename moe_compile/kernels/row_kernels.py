@@ -112,7 +112,7 @@ def _collect(
 
 def at_least_one(programs: int) -> int:
     """A grid, symbolic or not, without programs is an error; what they do must be masked."""
-    return torch.sym_max(programs, 1)
+    return torch.sym_max(programs, 1)  # pyright: ignore[reportReturnType]
 
 
 def _grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:

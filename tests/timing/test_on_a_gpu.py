@@ -60,7 +60,7 @@ def test_every_candidate_is_timed(name: str, options: dict[str, Any] | None) -> 
     assert timing.failures == {}
     assert set(timing.milliseconds) == {provider.name for provider in taking}
     assert all(0 < number < 100 for number in timing.milliseconds.values())
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_more_rows_take_more_time() -> None:

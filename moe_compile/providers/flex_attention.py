@@ -29,7 +29,7 @@ def _attention(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    form = {"causal": causal, "window": window}
+    form: dict[str, Any] = {"causal": causal, "window": window}
     if is_fused(query) and is_flexible(query, key, value, mask, dropout=dropout, **form):
         return flexible_attention(query, key, value, mask, sinks, scale=scale, **form)
     return attention(query, key, value, mask, sinks, scale=scale, dropout=dropout, **form)

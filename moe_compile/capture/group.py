@@ -5,6 +5,7 @@ plain attribute that the traced code read; never because their class has the sam
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -68,30 +69,88 @@ class Group:
 def group(shadow: Shadow, calls: dict[str, Call], *, autocast: bool = True) -> list[Group]:
     """Captures each kind of unit once, in the order in which the model calls them.
 
-    Of a unit whose own code cannot be captured, each child is tried. `autocast` is one more form of
-    every call.
+    Of a unit whose own code cannot be captured, each child is tried: as the unit's code calls it,
+    or where that does not get there, as another unit calls its own. `autocast` is one more form
+    of every call.
     """
-    found: dict[Hashable, list[Group]] = {}
-    hidden = defaultdict[Hashable, Hidden](Hidden)
-    groups: list[Group] = []
-    todo = [(name, call, False) for name, call in reversed(calls.items())]
-    while todo:
-        name, call, is_part = todo.pop()
-        unit = shadow.model.get_submodule(name)
+    found = _Grouping(shadow, autocast)
+    found.add([(name, call, False) for name, call in calls.items()])
+    found.add(_as_twins_are_called(shadow, found))
+    return found.groups
+
+
+Unit = tuple[str, Call, bool]
+"""A unit's name, how it is called, and whether it is a part of another."""
+
+
+@dataclass
+class _Grouping:
+    """The groups so far, those whose units' own code cannot be traced, and what finds a unit's."""
+
+    shadow: Shadow
+    autocast: bool
+    groups: list[Group] = field(default_factory=list[Group])
+    untraced: list[Group] = field(default_factory=list[Group])
+    found: dict[Hashable, list[Group]] = field(default_factory=dict[Hashable, list[Group]])
+    hidden: dict[Hashable, Hidden] = field(
+        default_factory=lambda: defaultdict[Hashable, Hidden](Hidden)
+    )
+
+    def add(self, units: list[Unit]) -> None:
+        """Puts units into groups, and the parts of those that cannot be captured."""
+        todo = units[::-1]
+        while todo:
+            name, call, is_part = todo.pop()
+            home = self._home(self.shadow.model.get_submodule(name), call, is_part)
+            home.names.append(name)
+            todo += [(path_of(name, n), c, True) for n, c in reversed(home.parts.items())]
+
+    def _home(self, unit: nn.Module, call: Call, is_part: bool) -> Group:
         kind = structure(unit), call.key(), is_part
-        alike = found.setdefault(kind, [])
+        alike = self.found.setdefault(kind, [])
         home = next((g for g in alike if g.serves(unit)), None)
-        if home is None:
-            differing = differences(alike[-1].reads, unit) if alike else set[Attribute]()
-            new = _capture(shadow, unit, call, autocast, hidden[kind], differing)
-            home = next((g for g in alike if g.takes(new, shadow.model)), new)
+        if home is not None:
+            return home
+        differing = differences(alike[-1].reads, unit) if alike else set[Attribute]()
+        new = _capture(self.shadow, unit, call, self.autocast, self.hidden[kind], differing)
+        home = next((g for g in alike if g.takes(new, self.shadow.model)), new)
         if home not in alike:
             home.is_part = is_part
             alike.append(home)
-            groups.append(home)
-        home.names.append(name)
-        todo += [(path_of(name, n), c, True) for n, c in reversed(home.parts.items())]
-    return groups
+            self.groups.append(home)
+            if home.capture is None and not is_part and call.state is None:
+                self.untraced.append(home)
+        return home
+
+
+def _as_twins_are_called(shadow: Shadow, known: _Grouping) -> list[Unit]:
+    """Parts that their own unit's code does not get to, as other units call theirs.
+
+    What is captured so holds for calls of that form: should the unit call them otherwise, they run
+    their own code.
+    """
+    found: list[Unit] = []
+    for twin in [g for g in known.groups if not g.is_part] if known.untraced else []:
+        model = shadow.model.get_submodule(twin.names[0])
+        seen = dict(twin.parts)
+        if twin.capture is not None:
+            seen = children_calls(shadow, model, twin.forms[0][0])
+        for home, path in itertools.product(known.untraced, seen):
+            unit = shadow.model.get_submodule(home.names[0])
+            is_twin = structure(_child(unit, path)) == structure(model.get_submodule(path))
+            if path not in home.parts and is_twin:
+                home.parts[path] = seen[path]
+                home.holds_experts = _may_hold_experts(unit, home.parts)
+                found += [(path_of(name, path), seen[path], True) for name in home.names]
+    return found
+
+
+def _child(unit: nn.Module, path: str) -> nn.Module:
+    """The module at a path, or one without anything where there is none."""
+    try:
+        return unit.get_submodule(path)
+    except AttributeError:
+        return nn.Module()
 
 
 def path_of(name: str, part: str) -> str:

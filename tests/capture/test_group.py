@@ -42,6 +42,20 @@ class Model(nn.Module):
         return x
 
 
+class Curious(nn.Module):
+    """A layer that may ask how many numbers are not zero before it calls its child."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.inner = Layer(0, 1.0)
+        self.asked = nn.Linear(1, 1) if asks else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asked is not None and x.flatten().nonzero().shape[0] // 2 < 2:
+            return x - self.inner(x)
+        return x + self.inner(x)
+
+
 def random(length: int = 6, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(length))
 
@@ -159,3 +173,15 @@ def test_the_number_that_is_handed_on_is_the_layers_own() -> None:
         layer.inner.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     check_close(run(models.optimized, random()), run(models.original, random()))
     assert seen == [0, 1, 2, 3]
+
+
+def test_a_child_that_a_layers_code_does_not_get_to_is_called_as_its_twin() -> None:
+    model = Model([])
+    model.layers = nn.ModuleList(Curious(asks) for asks in (True, False, True))
+    found = groups(model, random())
+    parts = ["layers.0.inner", "layers.2.inner"]
+    assert [g.names for g in found if g.is_part] == [parts]
+    models = make_pair(model, example_inputs=(random(),))
+    norms = [site for site in moe_compile.report(models.optimized).sites if site.kind == "rms_norm"]
+    assert sum(site.layers for site in norms if site.status == "rewritten") == 3
+    check_close(run(models.optimized, random(9)), run(models.original, random(9)))

@@ -15,7 +15,6 @@ SAMPLE = {"gpt_oss", "dbrx"}
 TOLERANCE = 1e-5
 REFUSED = {
     "jetmoe": "its attention has experts of one product, with attention between two of them",
-    "qwen4_exp": "the code of its sparse attention is a loop over positions, before the experts",
     "vitpose_backbone": "its rows pick an expert by the data set, not by a router",
 }
 """Families of which some experts are refused, and why."""

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 import moe_compile
-from tests.pairs import error, step
+from tests.pairs import COMPILED, error, step
 from tests.parallel.models import (
     MESHES,
     both,
@@ -19,6 +19,7 @@ from tests.parallel.models import (
     check_step,
     expected,
     gathered,
+    no_graph_breaks,
     small,
 )
 from tests.ranks import on_ranks
@@ -42,6 +43,21 @@ def equals_one_process(mesh: str) -> None:
     if "ep" in mesh:
         check_whole_matrices(model, reference)
     check_optimizers(model, reference)
+    check_compiled(mesh)
+    if mesh == "dp_shard x ep":
+        # Two ranks share one expert, so each has some of its rows.
+        weight = check_compiled(mesh, num_local_experts=2).model.layers[0].mlp.experts.down_proj
+        assert weight.placements == (Shard(0), Shard(1))
+
+
+def check_compiled(mesh: str, **options: Any) -> Any:
+    """The same step, plain and recomputed, where every layer is one graph."""
+    model, reference = both(mesh, small(**options), COMPILED)
+    with no_graph_breaks():
+        check_step(model, reference)
+        model.gradient_checkpointing_enable()
+        check_step(model, reference)
+    return model
 
 
 def check_accumulation(model: Any, reference: Any) -> None:

@@ -50,11 +50,10 @@ def build(layers: int) -> PreTrainedModel:
 
 
 class Traffic:
-    """Counts what `all_to_all_single` sends to other ranks, by the number of columns and dtype."""
+    """Counts the bytes that `all_to_all_single` sends to other ranks."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.rows = 0
         self._send = dist.all_to_all_single
 
     def __enter__(self) -> "Traffic":
@@ -71,7 +70,6 @@ class Traffic:
         sizes = sent if sent is not None else [x.shape[0] // ranks] * ranks
         away = sum(size for other, size in enumerate(sizes) if other != rank)
         self.bytes += away * x[:1].numel() * x.element_size() if len(x) else 0
-        self.rows += away if x.shape[1:] == (HIDDEN,) else 0
         return self._send(out, x, received, sent, group=group)
 
 
@@ -125,13 +123,23 @@ def memory(model: PreTrainedModel) -> dict[str, float]:
 def traffic(model: PreTrainedModel, ids: Tensor, layers: int) -> dict[str, float]:
     """Bytes that a rank sends a token and layer, in the forward, and the least that would do.
 
-    The least is one row for each (token, other rank) that needs it, there and back.
+    The least is one row for each (token, other rank) that owns one of its experts, there and back.
     """
+    pairs: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, given: pairs.append(owners(given[1])))
     with Traffic() as sent, torch.no_grad():
         model(input_ids=ids)
+    assert len(pairs) == layers
     tokens = ids.numel() * layers
-    row = HIDDEN * 4
-    return {"bytes": sent.bytes / tokens, "least": sent.rows * row / tokens}
+    return {"bytes": sent.bytes / tokens, "least": sum(pairs) * 2 * HIDDEN * 4 / tokens}
+
+
+def owners(ids: Tensor) -> int:
+    """How many other ranks have an expert of a token, summed over the tokens; ids are [T, K]."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return sum(len({e * ranks // EXPERTS for e in picks} - {rank}) for picks in ids.tolist())
 
 
 def run(ranks: int, args: argparse.Namespace) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fsdp": ("auto", True, False),
     "dispatcher": ("auto", "deepep", "all_to_all"),
     "max_tokens_per_rank": (None,),
+    "measure": ("auto", True, False),
     "activation_checkpointing": ("none", "selective", "full"),
     "loss": ("auto", "fused", "model"),
     "verify": ("auto", "off", "raise", "full"),
@@ -50,7 +51,12 @@ class OptimizeConfig:
         max_tokens_per_rank: promises that no rank brings more tokens to a layer in one call,
             padding included. DeepEP then does not wait for the device, and has this many rows for
             every rank. A call that breaks it is a `ValueError`; all_to_all has no use for it.
-        providers: `"auto"`, or canonical op name -> the provider that must implement it.
+        providers: `"auto"`, the fastest; or canonical op name -> the provider that must implement
+            it.
+        measure: time the providers of an op where several take a call, and choose the fastest;
+            without it the first of them in a fixed order. `"auto"` is on for CUDA, where it takes
+            seconds, and off for the CPU. Timings are kept in `~/.cache/moe_compile/timings.json`,
+            or in the folder that the environment variable MOE_COMPILE_CACHE names.
         activation_checkpointing: what the backward recomputes.
         loss: `"fused"`: in training the logits are computed when something reads them, and never
             where only their cross-entropy is; a model that this cannot be done to is a
@@ -72,6 +78,7 @@ class OptimizeConfig:
     dispatcher: Literal["auto", "deepep", "all_to_all"] = "auto"
     max_tokens_per_rank: int | None = None
     providers: Literal["auto"] | Mapping[str, str] = "auto"
+    measure: bool | Literal["auto"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     loss: Literal["auto", "fused", "model"] = "auto"
     verify: Literal["auto", "off", "raise", "full"] = "auto"

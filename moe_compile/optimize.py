@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from moe_compile.capture.unreached import Missed, unreached
 from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
 from moe_compile.config import OptimizeConfig
-from moe_compile.install.compile import compile_units
+from moe_compile.install.compile import compile_options, compile_units, is_layer
 from moe_compile.install.head import HeadPlan, install_head, plan_head
 from moe_compile.install.sites import Installation, install, prepare
 from moe_compile.parallel.agree import check_agreement, on_every_rank
@@ -35,6 +35,7 @@ from moe_compile.reporting import summarize
 from moe_compile.rewrite.owners import Owners
 from moe_compile.rewrite.pipeline import Pipeline, verify_facts
 from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph, copy_graph
+from moe_compile.timing import Contests
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,6 +65,7 @@ class Work:
     installations: list[Installation] = field(default_factory=list[Installation])
     missed: list[Missed] = field(default_factory=list[Missed])
     head: HeadPlan | None = None
+    contests: Contests | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
@@ -72,6 +74,18 @@ class Work:
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def contests_of(self, group: Group, config: OptimizeConfig) -> Contests | None:
+        """Candidates for what is beside the layers run as they are: it is not compiled."""
+        options = compile_options(config, self.device) if is_layer(group) else None
+        return None if self.contests is None else replace(self.contests, options=options)
+
+    def finish_contests(self) -> None:
+        """Counts the time of timing by itself: it is part of that of the passes until here."""
+        if self.contests is not None and self.contests.seconds:
+            self.contests.progress.close()
+            spent = sum(self.contests.seconds)
+            self.seconds |= {"passes": self.seconds["passes"] - spent, "timing": spent}
 
 
 def optimize(
@@ -194,11 +208,14 @@ def _capture(
         shadow = cast_shadow(model, device)
         work.device = shadow.device
         probed = probe(shadow, example_inputs)
+    sizes = shadow.batch, shadow.sequence
+    work.contests = Contests.of(config, work.device, work.layout, *sizes)
     owners = Owners(shadow)
     with work.timed("trace"):
         work.groups = group(shadow, probed.calls, autocast=config.autocast)
     for found in work.groups:
         work.units.append(_rewrite(owners, found, pipeline, config, work))
+    work.finish_contests()
     read = [set[str]().union(*map(UnitGraph.parameters, _told(units))) for units in work.units]
     work.missed = unreached(model, probed, work.groups, read)
     with work.timed("verify"):
@@ -215,7 +232,9 @@ def _rewrite(
     if found.capture is None:
         return []
     ep = None if work.layout is None else work.layout.ep(config.max_tokens_per_rank)
-    first = UnitGraph.of(found.names[0], found.capture, config.wanted_providers(), ep=ep)
+    contests = work.contests_of(found, config)
+    wanted = config.wanted_providers()
+    first = UnitGraph.of(found.names[0], found.capture, wanted, ep=ep, contests=contests)
     check = config.verify == "full"
     with work.timed("passes"):
         run_passes(pipeline, first, check=check)

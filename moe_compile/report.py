@@ -36,6 +36,35 @@ class NearMissReport:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Why one provider computes an op that several could.
+
+    Attributes:
+        op: the canonical op.
+        provider: the one that was chosen.
+        call: the arguments that the candidates were timed with; empty where none was.
+        milliseconds: of a forward and backward, by provider; empty where none was timed.
+        left_out: why other providers were no candidates.
+        reason: why preference decided; None where timings did, or there was one candidate.
+    """
+
+    op: str
+    provider: str
+    call: str = ""
+    milliseconds: dict[str, float] = field(default_factory=dict[str, float])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        own = self.milliseconds.get(self.provider)
+        if own is None:
+            return self.provider
+        others = sorted((t, name) for name, t in self.milliseconds.items() if name != self.provider)
+        numbers = [f"{own:.2f} ms", *(f"{name} {t:.2f}" for t, name in others)]
+        return f"{self.provider} ({'; '.join(numbers)})"
+
+
+@dataclass(frozen=True)
 class Site:
     """One idiom in one group of identical layers.
 
@@ -48,6 +77,7 @@ class Site:
         reason: why it was not rewritten; None only when it was.
         provider: who implements it; None if it was not rewritten.
         near_miss: of refused experts, what came closest; None where there is no graph of them.
+        timings: the choices between several providers, one for each form of the call.
     """
 
     module: str
@@ -58,6 +88,13 @@ class Site:
     reason: str | None = None
     provider: str | None = None
     near_miss: NearMissReport | None = None
+    timings: tuple[Choice, ...] = ()
+
+    def providers(self) -> str:
+        """Who implements it, each with the first of its timings."""
+        names = [] if self.provider is None else self.provider.split(", ")
+        timed = {c.provider: str(c) for c in reversed(self.timings) if c.milliseconds}
+        return ", ".join(timed.get(name, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,10 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and values."""
         return {
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [
+                asdict(site) | {"timings": [asdict(choice) for choice in site.timings]}
+                for site in self.sites
+            ],
             "passes": [asdict(step) for step in self.passes],
             "captures": self.captures,
             "mesh": self.mesh | ({"dispatchers": self.dispatchers} if self.dispatchers else {}),
@@ -109,13 +149,14 @@ class Report:
             lines.append("No mixture-of-experts block was found in this model.")
         for name, reason in self.dispatchers.items():
             lines.append(f"Tokens travel by {name}" + (f", as {reason}" if reason else "") + ".")
+        lines += _choice_lines([choice for site in self.sites for choice in site.timings])
         timing = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
         lines.append(f"{self.captures} captures; {timing}")
         return "\n".join(lines)
 
 
 def _row(site: Site) -> tuple[str, ...]:
-    why = site.provider if site.reason is None else site.reason
+    why = site.providers() if site.reason is None else site.reason
     return (
         site.module,
         str(site.layers),
@@ -124,6 +165,24 @@ def _row(site: Site) -> tuple[str, ...]:
         site.status,
         why or "-",
     )
+
+
+def _choice_lines(choices: list[Choice]) -> list[str]:
+    """Where preference decided, and which providers were no candidates, a line for each reason."""
+    untimed: dict[str, dict[str, None]] = {}
+    left_out: dict[str, dict[str, None]] = {}
+    for choice in choices:
+        if choice.reason is not None:
+            untimed.setdefault(choice.reason, {})[choice.op] = None
+        for name, reason in choice.left_out.items():
+            left_out.setdefault(f"{name}: {reason}", {})[choice.op] = None
+    return [
+        *(
+            f"Preferred, not timed: providers of {', '.join(ops)}; {why}."
+            for why, ops in untimed.items()
+        ),
+        *(f"No candidate for {', '.join(ops)} is {who}." for who, ops in left_out.items()),
+    ]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,18 +1,21 @@
 """Choose who implements each canonical op. Read-only but for notes on the nodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.parallel.experts import own_weights
 from moe_compile.passes.facts import NORMALIZED, PLANNED
 from moe_compile.providers.provider import Call, Provider
-from moe_compile.providers.registry import choose, choose_dispatcher
+from moe_compile.providers.registry import choose, choose_dispatcher, takers
+from moe_compile.report import Choice
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
+from moe_compile.timing import Contests, Timing
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class ChooseProviders(Pass):
             op: CanonicalOp[..., Any] = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             call = Call(args, kwargs, unit.mode.autocast, unit.ep)
-            node.meta |= _plan(op, call, _wanted(node, unit))
+            wanted = _wanted(node, unit)
+            if wanted is None and op is not ops.dispatch:
+                node.meta |= _fastest(op, call, unit.contests, "data_ranks" in node.meta)
+            else:
+                node.meta |= _plan(op, call, wanted)
         return len(nodes)
 
 
@@ -43,7 +50,7 @@ def _wanted(node: fx.Node, unit: UnitGraph) -> str | None:
 
 
 def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str, Any]:
-    """The notes for one node. What no provider takes is inlined from the reference."""
+    """The notes for a node whose provider is asked for, or dispatches."""
     if op is ops.dispatch:
         provider, instead_of = choose_dispatcher(call, wanted)
         return _notes(op, provider) | {"instead_of": instead_of}
@@ -51,14 +58,43 @@ def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str
         provider, _ = choose(op, call, wanted)
     except Refuse as refusal:
         assert op is not ops.combine, "who takes a dispatch takes its combine"
-        if wanted is not None:
-            raise ValueError(
-                f"OptimizeConfig.providers got {wanted!r} for {op.name!r}, which refuses a call: "
-                f"{refusal.reason}; it takes a provider that takes every call; leave the op out "
-                "to have its provider chosen"
-            ) from None
-        return {"provider": "reference", "implementation": op.reference, "keeps": None}
+        raise ValueError(
+            f"OptimizeConfig.providers got {wanted!r} for {op.name!r}, which refuses a call: "
+            f"{refusal.reason}; it takes a provider that takes every call; leave the op out "
+            "to have its provider chosen"
+        ) from None
     return _notes(op, provider)
+
+
+def _fastest(
+    op: CanonicalOp[..., Any], call: Call, contests: Contests | None, shared: bool
+) -> dict[str, Any]:
+    """The notes for a node that any provider may compute. What none takes is the reference's.
+
+    `shared`: each rank has its own part of the experts that the graph has whole.
+    """
+    taking, left_out = takers(op, call)
+    if not taking:
+        return {"provider": "reference", "implementation": op.reference, "keeps": None}
+    timing = Timing()
+    if contests is not None and len(taking) > 1:
+        timing = contests.decide(op, _own_share(op, call) if shared else call, taking)
+    provider = timing.first(taking)
+    notes = _notes(op, provider)
+    if timing == Timing() and not left_out:
+        return notes
+    left_out |= timing.failures
+    numbers = dict(timing.milliseconds)
+    choice = Choice(op.name, provider.name, timing.call, numbers, left_out, timing.reason)
+    return notes | {"choice": choice}
+
+
+def _own_share(op: CanonicalOp[..., Any], call: Call) -> Call:
+    """The call with as many experts as one rank has."""
+    assert call.ep is not None
+    arguments, size = call.arguments(op), call.ep.size
+    own = {n: w[: w.shape[0] // size] for n, w in own_weights(arguments).items()}
+    return replace(call, args=(), kwargs=arguments | own)
 
 
 def _notes(op: CanonicalOp[..., Any], provider: Provider) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile.report import NearMissReport, Report
+from moe_compile.report import Choice, NearMissReport, Report, Site
 from tests.pairs import pair
 
 KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "loss"}
-SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"} | {"near_miss"}
+SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"}
+EXTRA = {"near_miss", "timings"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_it_is_json(document: dict[str, Any]) -> None:
 def test_it_has_the_documented_structure(document: dict[str, Any]) -> None:
     assert set(document) == {"sites", "passes", "mesh", "seconds"} | {"captures"}
     assert document["mesh"] == {}
-    assert [set(site) for site in document["sites"]] == [SITE] * len(document["sites"])
+    assert [set(site) for site in document["sites"]] == [SITE | EXTRA] * len(document["sites"])
     assert [step["name"] for step in document["passes"]] == moe_compile.PIPELINE.names()
     assert all(isinstance(value, float) for value in document["seconds"].values())
     assert {"probe", "trace", "passes", "verify", "install", "compile"} == set(document["seconds"])
@@ -74,7 +76,25 @@ def test_str_is_a_table(report: Report) -> None:
         expected = [site.module, str(site.layers), site.kind, site.pattern or "-", site.status]
         assert cells[:5] == expected
         assert cells[5] == (site.provider if site.reason is None else site.reason)
-    assert len(rows) == len(report.sites) + 1
+    untimed, _ = rows[len(report.sites) :]
+    assert untimed.startswith("Preferred, not timed: providers of rms_norm, experts; on a CPU")
+
+
+def test_a_cell_shows_the_winner_and_by_how_much() -> None:
+    first = Choice("rms_norm", "torch", "x", {"torch": 0.27, "te": 0.6, "formula": 0.618})
+    later = Choice("rms_norm", "torch", "y", {"torch": 0.5, "formula": 1.0})
+    other = Choice("rms_norm", "formula", "z", {"torch": 20.0, "formula": 12.346})
+    site = Site("a", 1, "rms_norm", "b", "rewritten", None, "torch, formula")
+    assert site.providers() == "torch, formula"
+    timed = replace(site, timings=(first, later, other))
+    assert timed.providers() == (
+        "torch (0.27 ms; te 0.60; formula 0.62), formula (12.35 ms; torch 20.00)"
+    )
+    report = Report((timed,), (), 0)
+    assert timed.providers() in str(report)
+    (document,) = report.to_json()["sites"]
+    assert document["timings"][0]["milliseconds"] == first.milliseconds
+    assert document["provider"] == "torch, formula"
 
 
 class OddExperts(nn.Module):

@@ -33,22 +33,24 @@ def compile_units(
 
     What is beside the layers stays as it is.
     """
-    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
-        return
-    options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    options = compile_options(config, device)
     for number, group in enumerate(groups):
-        layers = [model.get_submodule(name) for name in group.names]
-        is_layer = any(name.rpartition(".")[2].isdigit() for name in group.names)
-        if is_layer and not group.is_part:
-            _compile_layers(layers, number, _with_few_guards({"fullgraph": True} | options))
+        if options is not None and is_layer(group):
+            layers = [model.get_submodule(name) for name in group.names]
+            _compile_layers(layers, number, options)
 
 
-def _with_few_guards(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `torch.compile`, whose own `options` are left out where there is a `mode`."""
-    if "mode" in options:
-        return options
-    inner = {"guard_filter_fn": foreign_guards} | options.get("options", {})
-    return options | {"options": inner}
+def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, Any] | None:
+    """The options with which layers are compiled; None where they are not."""
+    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
+        return None
+    options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    return {"fullgraph": True} | options
+
+
+def is_layer(group: Group) -> bool:
+    """Whether a group is of whole layers; what is beside them is not compiled."""
+    return not group.is_part and any(n.rpartition(".")[2].isdigit() for n in group.names)
 
 
 def _compile_layers(layers: list[nn.Module], number: int, options: dict[str, Any]) -> None:
@@ -76,9 +78,7 @@ def _entry(
         if way is None or self in untraceable:
             return function(self, *args, **kwargs)
         if way not in compiled:
-            # Torch takes what it knows out of the inner options.
-            own = {name: dict(o) if name == "options" else o for name, o in options.items()}
-            compiled[way] = torch.compile(_copy(function, number, len(compiled)), **own)
+            compiled[way] = _compiled(_copy(function, number, len(compiled)), options)
         try:
             with hf.recording_inside():
                 return compiled[way](self, *args, **kwargs)
@@ -89,6 +89,14 @@ def _entry(
         return function(self, *args, **kwargs)
 
     return forward
+
+
+def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """`torch.compile`, which takes a mode or options of its own; those that it gets are its own."""
+    if "mode" in options:
+        return torch.compile(function, **options)
+    inner = {"guard_filter_fn": foreign_guards} | options.get("options", {})
+    return torch.compile(function, **options | {"options": inner})
 
 
 def _way(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:

@@ -44,6 +44,13 @@ def emit(graph: fx.Graph, name: str, *, method: bool = True) -> Callable[..., An
     return function
 
 
+def emit_region(region: Region, name: str) -> Callable[..., Any]:
+    """A function of a region's inputs, which has the region's key."""
+    function = emit(region.graph, name, method=False)
+    function.__dict__["key"] = region.key
+    return function
+
+
 class _Writer:
     """Collects the globals that the source refers to, by readable names."""
 
@@ -110,8 +117,7 @@ class _Writer:
 
     def region(self, region: Region) -> str:
         name = f"activation_{len(self.values)}"
-        self.values[name] = emit(region.graph, name, method=False)
-        self.values[name].__dict__["key"] = region.key
+        self.values[name] = emit_region(region, name)
         return name
 
     def name(self, value: Any) -> str:

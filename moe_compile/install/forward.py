@@ -132,7 +132,6 @@ def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) ->
 
     is_shared = any(candidate.collective for candidate in variants)
 
-    @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for candidate in variants:
             tensors = candidate.inputs(self, args, kwargs)
@@ -144,8 +143,9 @@ def make_forward(original: Callable[..., Any], variants: tuple[Variant, ...]) ->
             _warn_of_fallback(type(self).__name__)
         return original(self, *args, **kwargs)
 
-    forward.__dict__[EMITTED] = True
     forward.__code__ = forward.__code__.replace()  # an object of its own, by which Dynamo knows it
+    functools.update_wrapper(forward, original)
+    forward.__dict__[EMITTED] = True
     return forward
 
 

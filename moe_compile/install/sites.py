@@ -17,7 +17,7 @@ from moe_compile.install.forward import (
     on_one_rank,
     variant,
 )
-from moe_compile.report import NearMissReport, Site
+from moe_compile.report import Choice, NearMissReport, Site
 from moe_compile.rewrite.matcher import source_of
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -162,10 +162,9 @@ def _sites(
     installation: Installation, nodes: list[fx.Node], status: Any, reason: str | None
 ) -> list[Site]:
     """One site for every kind of idiom in the owner."""
-    kinds: dict[tuple[str, str], dict[str, None]] = {}
+    kinds: dict[tuple[str, str], list[fx.Node]] = {}
     for node in nodes:
-        providers = kinds.setdefault((node.meta["kind"], node.meta["made_by"][1]), {})
-        providers[node.meta["provider"]] = None
+        kinds.setdefault((node.meta["kind"], node.meta["made_by"][1]), []).append(node)
     module, layers = installation.owner_names()[0], len(installation.units)
     return [
         Site(
@@ -175,7 +174,21 @@ def _sites(
             pattern,
             status,
             reason,
-            ", ".join(providers) if status == "rewritten" else None,
+            _providers(own) if status == "rewritten" else None,
+            timings=_choices(own),
         )
-        for (kind, pattern), providers in kinds.items()
+        for (kind, pattern), own in kinds.items()
     ]
+
+
+def _providers(nodes: list[fx.Node]) -> str:
+    return ", ".join(dict.fromkeys(node.meta["provider"] for node in nodes))
+
+
+def _choices(nodes: list[fx.Node]) -> tuple[Choice, ...]:
+    """Every choice once: calls in other forms are often of the same shapes."""
+    found: list[Choice] = []
+    for choice in (node.meta["choice"] for node in nodes if "choice" in node.meta):
+        if choice not in found:
+            found.append(choice)
+    return tuple(found)

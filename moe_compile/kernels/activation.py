@@ -7,6 +7,7 @@ An activation is an FX graph of rows, known by a key, since an operator takes no
 
 import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -35,25 +36,30 @@ def is_fusable(key: str, width: int) -> bool:
 
 @functools.cache
 def _source(key: str, width: int) -> ActivationSource | None:
-    return activation_source(_GRAPHS[key], width)
+    # A thread of its own has none of the modes and hooks that a caller may be under.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(activation_source, _GRAPHS[key], width).result()
 
 
 @torch.library.custom_op("moe_compile::activate", mutates_args=())
-def activate(x: Tensor, weight: Tensor, key: str) -> Tensor:
-    """Args: x: [R, N]. weight: [R, 1]. key: of a fusable activation.
+def activate(x: Tensor, weight: Tensor, offs: Tensor, key: str) -> Tensor:
+    """Args: x: [R, N]. weight: [R, 1]. offs: the last ends the rows. key: of a fusable activation.
 
-    Returns: [R, I] in x's dtype, fresh and contiguous, rounded once.
+    Returns: [R, I] in x's dtype, fresh and contiguous, rounded once; from offs[-1] on it may hold
+    anything, and so may the gradients.
     """
     if x.is_cuda and x.dtype != torch.float64:
-        return _forward_on_gpu(x, weight, key)
+        return _forward_on_gpu(x, weight, offs, key)
     return (_run(key, x) * weight).to(x.dtype)
 
 
 @torch.library.custom_op("moe_compile::activate_backward", mutates_args=())
-def activate_backward(grad: Tensor, x: Tensor, weight: Tensor, key: str) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str
+) -> tuple[Tensor, Tensor]:
     """The gradients of x, [R, N], and of weight, [R, 1]; grad is [R, I]."""
     if x.is_cuda and x.dtype != torch.float64:
-        return _backward_on_gpu(grad, x, weight, key)
+        return _backward_on_gpu(grad, x, weight, offs, key)
     out, pull_back, *_ = torch.func.vjp(lambda x: _run(key, x), x)
     grad_weight = (out * grad).sum(1, keepdim=True).to(weight.dtype)
     return pull_back((grad * weight).to(x.dtype))[0].contiguous(), grad_weight
@@ -70,18 +76,20 @@ def _run(key: str, x: Tensor) -> Tensor:
     return result
 
 
-def _forward_on_gpu(x: Tensor, weight: Tensor, key: str, *, wrap: Wrap = as_it_is) -> Tensor:
+def _forward_on_gpu(
+    x: Tensor, weight: Tensor, offs: Tensor, key: str, *, wrap: Wrap = as_it_is
+) -> Tensor:
     from moe_compile.kernels import activation_kernels  # needs Triton
 
-    return activation_kernels.forward(_known(key, x), x, weight, wrap=wrap)
+    return activation_kernels.forward(_known(key, x), x, weight, offs, wrap=wrap)
 
 
 def _backward_on_gpu(
-    grad: Tensor, x: Tensor, weight: Tensor, key: str, *, wrap: Wrap = as_it_is
+    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str, *, wrap: Wrap = as_it_is
 ) -> tuple[Tensor, Tensor]:
     from moe_compile.kernels import activation_kernels
 
-    return activation_kernels.backward(_known(key, x), grad, x, weight, wrap=wrap)
+    return activation_kernels.backward(_known(key, x), grad, x, weight, offs, wrap=wrap)
 
 
 show_kernels(activate, _forward_on_gpu)
@@ -89,22 +97,22 @@ show_kernels(activate_backward, _backward_on_gpu)
 
 
 @activate.register_fake
-def _(x: Tensor, weight: Tensor, key: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, offs: Tensor, key: str) -> Tensor:
     return x.new_empty(x.shape[0], _known(key, x).width)
 
 
 @activate_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, key: str) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    x, weight, ctx.key = inputs
-    ctx.save_for_backward(x, weight)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    *tensors, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *activate_backward(grad, *ctx.saved_tensors, ctx.key), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *activate_backward(grad, *ctx.saved_tensors, ctx.key), None, None
 
 
 activate.register_autograd(_backward, setup_context=_save)

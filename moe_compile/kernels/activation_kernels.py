@@ -19,26 +19,32 @@ _MOST_COLUMNS = 1024
 
 
 def forward(
-    source: ActivationSource, x: Tensor, weight: Tensor, *, wrap: Wrap = as_it_is
+    source: ActivationSource, x: Tensor, weight: Tensor, offs: Tensor, *, wrap: Wrap = as_it_is
 ) -> Tensor:
     """`activation.activate` on a GPU."""
     rows, size = x.shape[0], _size(source)
     out = x.new_empty(rows, source.width)
     grid = at_least_one(rows), triton.cdiv(source.width, size)
     run = wrap(_kernels(source)["forward"])
-    run[grid](x.contiguous(), weight.contiguous(), out, rows, size)
+    run[grid](x.contiguous(), weight.contiguous(), offs, out, offs.shape[0] - 1, size)
     return out
 
 
 def backward(
-    source: ActivationSource, grad: Tensor, x: Tensor, weight: Tensor, *, wrap: Wrap = as_it_is
+    source: ActivationSource,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    *,
+    wrap: Wrap = as_it_is,
 ) -> tuple[Tensor, Tensor]:
     """`activation.activate_backward` on a GPU: everything is read once."""
-    rows = x.shape[0]
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     inputs = (t.contiguous() for t in (grad, x, weight))
+    grid = (at_least_one(x.shape[0]),)
     run = wrap(_kernels(source)["backward"])
-    run[(at_least_one(rows),)](*inputs, grad_x, grad_weight, rows, _size(source))
+    run[grid](*inputs, offs, grad_x, grad_weight, offs.shape[0] - 1, _size(source))
     return grad_x, grad_weight
 
 
@@ -48,32 +54,34 @@ def _size(source: ActivationSource) -> int:
 
 _FORWARD = """
 @triton.jit
-def forward(x, weight, out, rows, size: tl.constexpr):
+def forward(x, weight, offs, out, last, size: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row, mask=row < rows).to(tl.float32)
-    at = tl.program_id(1) * size + tl.arange(0, size)
-    inside = (at < {width}) & (row < rows)
-    {loads}
-    {lines}
-    tl.store(out + row * {width} + at, {result} * scale, mask=inside)
+    if row < tl.load(offs + last):
+        scale = tl.load(weight + row).to(tl.float32)
+        at = tl.program_id(1) * size + tl.arange(0, size)
+        inside = at < {width}
+        {loads}
+        {lines}
+        tl.store(out + row * {width} + at, {result} * scale, mask=inside)
 """
 
 _BACKWARD = """
 @triton.jit
-def backward(outer, x, weight, grad_x, grad_weight, rows, size: tl.constexpr):
+def backward(outer, x, weight, offs, grad_x, grad_weight, last, size: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row, mask=row < rows).to(tl.float32)
-    total = tl.zeros([size], tl.float32)
-    for start in range(0, {width}, size):
-        at = start + tl.arange(0, size)
-        inside = (at < {width}) & (row < rows)
-        own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
-        grad = own * scale
-        {loads}
-        {lines}
-        total += tl.where(inside, {result} * own, 0.0)
-        {stores}
-    tl.store(grad_weight + row, tl.sum(total, axis=0), mask=row < rows)
+    if row < tl.load(offs + last):
+        scale = tl.load(weight + row).to(tl.float32)
+        total = tl.zeros([size], tl.float32)
+        for start in range(0, {width}, size):
+            at = start + tl.arange(0, size)
+            inside = at < {width}
+            own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
+            grad = own * scale
+            {loads}
+            {lines}
+            total += tl.where(inside, {result} * own, 0.0)
+            {stores}
+        tl.store(grad_weight + row, tl.sum(total, axis=0))
 """
 
 
@@ -96,15 +104,15 @@ def _kernels(source: ActivationSource) -> dict[str, Any]:
     ]
     text = _FORWARD.format(
         width=source.width,
-        loads=_joined(loads, 1),
-        lines=_joined(source.forward.lines, 1),
+        loads=_joined(loads, 2),
+        lines=_joined(source.forward.lines, 2),
         result=source.forward.results[0],
     ) + _BACKWARD.format(
         width=source.width,
-        loads=_joined(loads, 2),
-        lines=_joined(source.backward.lines, 2),
+        loads=_joined(loads, 3),
+        lines=_joined(source.backward.lines, 3),
         result=result,
-        stores=_joined(stores, 2),
+        stores=_joined(stores, 3),
     )
     name = f"<moe_compile activation {abs(hash(source))}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

@@ -48,7 +48,7 @@ def spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: 
         picks: K.
 
     Returns:
-        [T K, H], fresh and contiguous.
+        [T K, H], fresh and contiguous; from offs[-1] on it may hold anything.
     """
     if x.is_cuda:
         return _spread_on_gpu(x, order, inverse, offs, picks)
@@ -97,7 +97,7 @@ def _spread_on_gpu(
 ) -> Tensor:
     from moe_compile.kernels import row_kernels
 
-    return row_kernels.spread(x, inverse, picks, wrap=wrap)
+    return row_kernels.spread(x, inverse, offs, picks, wrap=wrap)
 
 
 def _collect_on_gpu(

@@ -67,7 +67,8 @@ def group_picks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`expert_rows.group_picks` on a GPU: a counting sort of two passes over the picks."""
     num_picks = ids.numel()
-    programs = at_least_one(triton.cdiv(num_picks, _PICKS))
+    # One more than there must be: a size that may be 1 is a question that a trace cannot answer.
+    programs = num_picks // _PICKS + 2
     bins = triton.next_power_of_2(num_experts + 2)
     counts = torch.empty(bins, programs, dtype=torch.int32, device=ids.device)
     order, inverse = (counts.new_empty(num_picks) for _ in range(2))
@@ -80,15 +81,16 @@ def group_picks(
 
 
 @triton.jit
-def _spread(x, inverse, out, tokens, width, picks: tl.constexpr, size: tl.constexpr):
-    """A token's row to the place of each of its picks."""
+def _spread(x, inverse, offs, out, tokens, width, last, picks: tl.constexpr, size: tl.constexpr):
+    """A token's row to the place of each of its picks, if that is before offs[last]."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * size + tl.arange(0, size)
     inside = (columns < width) & (token < tokens)
     values = tl.load(x + token * width + columns, mask=inside)
+    count = tl.load(offs + last)
     for pick in tl.static_range(picks):
-        row = tl.load(inverse + token * picks + pick, mask=token < tokens).to(tl.int64)
-        tl.store(out + row * width + columns, values, mask=inside)
+        row = tl.load(inverse + token * picks + pick, mask=token < tokens, other=0).to(tl.int64)
+        tl.store(out + row * width + columns, values, mask=inside & (row < count))
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def _collect(
 
 def at_least_one(programs: int) -> int:
     """A grid, symbolic or not, without programs is an error; what they do must be masked."""
-    return torch.sym_max(programs, 1)
+    return torch.sym_max(programs, 1)  # pyright: ignore[reportReturnType]
 
 
 def _grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
@@ -118,12 +120,15 @@ def _grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
     return (at_least_one(tokens), triton.cdiv(width, size)), size
 
 
-def spread(x: Tensor, inverse: Tensor, picks: int, *, wrap: Wrap = as_it_is) -> Tensor:
+def spread(
+    x: Tensor, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
+) -> Tensor:
     """`expert_rows.spread_rows` on a GPU."""
     tokens, width = x.shape
     out = x.new_empty(inverse.shape[0], width)
     grid, size = _grid(tokens, width)
-    wrap(_spread)[grid](x.contiguous(), inverse, out, tokens, width, picks, size)
+    sizes = tokens, width, offs.shape[0] - 1, picks, size
+    wrap(_spread)[grid](x.contiguous(), inverse, offs, out, *sizes)
     return out
 
 

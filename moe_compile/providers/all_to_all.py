@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_compile import ops
 from moe_compile.kernels.all_to_all import all_to_all_combine, all_to_all_dispatch
 from moe_compile.ops.canonical import CanonicalOp
-from moe_compile.providers.provider import Call
+from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
 
@@ -41,10 +41,11 @@ class AllToAllProvider:
     """Torch's own collectives, over NCCL or gloo."""
 
     name: str = "all_to_all"
+    package: str | None = None
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Takes every call of the two ops of expert parallelism."""
-        return None if op in _IMPLEMENTATIONS else Refuse(f"all_to_all does not compute {op.name}")
+        return None if op in _IMPLEMENTATIONS else Lacks(f"all_to_all does not compute {op.name}")
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
         """No model dispatches by itself."""

@@ -14,7 +14,7 @@ from moe_compile.kernels.deep_ep import deep_ep_combine, deep_ep_dispatch, libra
 from moe_compile.kernels.deep_ep_elastic import elastic_combine, elastic_dispatch
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.parallel.layout import ExpertParallel
-from moe_compile.providers.provider import Call
+from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
 _MAX_PICKS = 32
@@ -101,11 +101,12 @@ class DeepEPProvider:
     """
 
     name: str = "deepep"
+    package: str | None = "deep_ep"
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse what DeepEP would stop at, or trap on, with the limit that it breaks."""
         if op not in V1.implementations:
-            return Refuse(f"deepep does not compute {op.name}")
+            return Lacks(f"deepep does not compute {op.name}")
         if op is ops.combine:
             return None  # of a dispatch that was taken
         reason = _problem(call, call.arguments(op))

@@ -29,6 +29,10 @@ class Call:
         return op.arguments(*self.args, **self.kwargs)
 
 
+class Lacks(Refuse):
+    """A provider has nothing of its own for an op, or for a device: nobody would expect it to."""
+
+
 class Provider(Protocol):
     """A source of implementations of canonical ops."""
 
@@ -37,8 +41,13 @@ class Provider(Protocol):
         """What a user writes in `OptimizeConfig.providers`."""
         ...
 
+    @property
+    def package(self) -> str | None:
+        """The distribution that it needs beside torch; timings are of one version of it."""
+        ...
+
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
-        """None when this provider takes the call, else why it does not."""
+        """None when this provider takes the call, else why it does not; `Lacks` for the op."""
         ...
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:

@@ -6,16 +6,34 @@ from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.all_to_all import AllToAllProvider
 from moe_compile.providers.deepep import DeepEPProvider
-from moe_compile.providers.provider import Call, Provider
+from moe_compile.providers.formula import FormulaProvider
+from moe_compile.providers.liger import LigerProvider
+from moe_compile.providers.provider import Call, Lacks, Provider
 from moe_compile.providers.torch import TorchProvider
+from moe_compile.providers.transformer_engine import TransformerEngineProvider
 from moe_compile.rewrite.refuse import Refuse
 
 PROVIDERS: tuple[Provider, ...] = (
     TorchProvider(),
     DeepEPProvider(),
     AllToAllProvider(),
+    FormulaProvider(),
+    LigerProvider(),
+    TransformerEngineProvider(),
 )
-"""Every provider, the preferred first."""
+"""Every provider; where none can be timed, the first that takes a call computes it."""
+
+
+def takers(op: CanonicalOp[..., Any], call: Call) -> tuple[list[Provider], dict[str, str]]:
+    """The providers that take the call, in order; and why others with something for it do not."""
+    refusals = {provider: provider.supports(op, call) for provider in PROVIDERS}
+    taking = [provider for provider, refusal in refusals.items() if refusal is None]
+    left_out = {
+        provider.name: refusal.reason
+        for provider, refusal in refusals.items()
+        if refusal is not None and not isinstance(refusal, Lacks)
+    }
+    return taking, left_out
 
 
 def choose(

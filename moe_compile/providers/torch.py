@@ -11,12 +11,13 @@ from torch import Tensor
 from moe_compile import ops
 from moe_compile.kernels.activation import activate, is_fusable
 from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
+from moe_compile.kernels.flex_attention import flexible_attention, is_flexible, is_fused
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
-from moe_compile.providers.provider import Call
+from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
 
@@ -28,9 +29,14 @@ def _rms_norm(
     cast_first: bool = False,
     offset: float = 0.0,
 ) -> Tensor:
-    if offset or (weight is not None and weight.dtype != x.dtype):
-        return ops.rms_norm.reference(x, weight, eps, cast_first=cast_first, offset=offset)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if has_norm_kernel(x, weight, offset):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return ops.rms_norm.reference(x, weight, eps, cast_first=cast_first, offset=offset)
+
+
+def has_norm_kernel(x: Tensor, weight: Tensor | None, offset: float) -> bool:
+    """Whether `F.rms_norm` computes this norm."""
+    return not offset and (weight is None or weight.dtype == x.dtype)
 
 
 def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
@@ -102,13 +108,20 @@ def _attention(
         )
     if sinks is None and mask is None and window is None:
         return _sdpa(query, key, value, None, scale, causal, dropout)
+    if is_fused(query) and is_flexible(
+        query, key, value, mask, causal=causal, window=window, dropout=dropout
+    ):
+        return flexible_attention(
+            query, key, value, mask, sinks, scale=scale, causal=causal, window=window
+        )
     shape = (*query.shape[:3], key.shape[2])
     if causal or window is not None:
         mask = _restrict(mask, band(shape[2], shape[3], window, query.device))
     if sinks is not None:
         # A sink is a key of zeros with the sink for its mask and a value of zeros. Against a
         # softmax written out in torch this is 1.3 times as fast in float32 on a CPU, and 8 times
-        # in bfloat16 at half the error. No backend returns a differentiable log-sum-exp.
+        # in bfloat16 at half the error. No backend of it returns a
+        # log-sum-exp with a gradient.
         mask = _sink_bias(mask, sinks, shape)
         key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
     return _sdpa(query, key, value, mask, scale, False, dropout)
@@ -176,7 +189,7 @@ def _experts(
     # The last product is linear: weighed before it, its rows are neither kept nor read again for
     # the gradient of the weights.
     weigh_inside = norm is None and not weigh_input
-    rows = _weighed(activation, rows, weight) if weigh_inside else activation(rows)
+    rows = _weighed(activation, rows, weight, offs) if weigh_inside else activation(rows)
     rows = grouped_linear(rows.to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         bias = _BiasRows.apply(down_bias, expert, offs)
@@ -190,13 +203,15 @@ def _experts(
     return collect_rows(rows, *grouped, picks).to(x.dtype)
 
 
-def _weighed(activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> Tensor:
+def _weighed(
+    activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, offs: Tensor
+) -> Tensor:
     """activation(rows) * weight, by kernels for this activation where there are some."""
     key: str | None = getattr(activation, "key", None)
     has_kernels = rows.is_cuda and rows.dtype != torch.float64
     if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
         return activation(rows) * weight
-    return activate(rows, weight, key)
+    return activate(rows, weight, offs, key)
 
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
@@ -222,11 +237,12 @@ class TorchProvider:
     """Implementations on torch's public functions, for every device and dtype that torch has."""
 
     name: str = "torch"
+    package: str | None = None
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse an op without an implementation, and arguments of mixed dtypes."""
         if op not in _IMPLEMENTATIONS:
-            return Refuse(f"torch has no implementation of {op.name}")
+            return Lacks(f"torch has no implementation of {op.name}")
         if op is ops.attention and call.autocast is not None:
             return None  # autocast gives every argument its dtype
         arguments = call.arguments(op)

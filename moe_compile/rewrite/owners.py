@@ -82,7 +82,8 @@ class Owners:
             )
             capture = hidden.capture(attempt, differing)
             note_ones(_arguments(capture.graph, 0), ones)
-            found = UnitGraph.of(first.name, capture, first.wanted_providers, path, first.ep)
+            choice = first.wanted_providers, path, first.ep, first.contests
+            found = UnitGraph.of(first.name, capture, *choice)
             alike.append(found)
         return found
 

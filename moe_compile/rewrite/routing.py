@@ -52,6 +52,9 @@ _MOVES = {
     aten.split.sizes,
     operator.getitem,
 }
+_ADDS_ROWS = {aten.index_add.default, aten.index_put.default, aten.scatter_add.default}
+"""How loops add rows to their result; nothing else that is added to it is added so."""
+
 _TRIES = 8
 
 
@@ -92,7 +95,7 @@ def prove_routing(graph: fx.Graph, bodies: Bodies) -> Routing:
 
 
 def _roots(graph: fx.Graph, bodies: Bodies) -> Iterator[fx.Node]:
-    """The first nodes that depend on every body and look like tokens."""
+    """The first nodes that depend on every body and look like tokens, sums when they are whole."""
     every = (1 << len(bodies.results)) - 1
     reached = {node: 1 << i for i, node in enumerate(bodies.results)}
     width = value(bodies.results[0]).shape[-1]
@@ -101,11 +104,19 @@ def _roots(graph: fx.Graph, bodies: Bodies) -> Iterator[fx.Node]:
         for source in node.all_input_nodes:
             reached[node] = reached.get(node, 0) | reached.get(source, 0)
         is_call = node.op == "call_function" and node not in bodies.nodes
-        if is_call and reached.get(node) == every and _is_rows(value(node), width):
+        is_whole = is_call and reached.get(node) == every and not _is_added_to(node)
+        if is_whole and _is_rows(value(node), width):
             yield node
             found += 1
             if found == _TRIES:
                 return
+
+
+def _is_added_to(node: fx.Node) -> bool:
+    """Whether a loop goes on, over experts without products."""
+    if node.target not in _ADDS_ROWS:
+        return False
+    return any(user.target is node.target and user.args[0] is node for user in node.users)
 
 
 def _depending_on(nodes: frozenset[fx.Node]) -> set[fx.Node]:

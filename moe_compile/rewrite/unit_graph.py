@@ -11,6 +11,7 @@ from moe_compile.capture.trace import Capture, Mode
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.rewrite.matcher import NearMiss
+from moe_compile.timing import Contests
 
 
 @dataclass
@@ -36,6 +37,7 @@ class UnitGraph:
         captured: the graph as it was traced, in normal form; `raised`: as it was before lowering.
             Both are kept for verification.
         ep: the ranks that share the experts, None where each has all of them.
+        contests: decides between providers; None for the first that takes a call.
         near_misses: the best failed attempt of every pattern.
     """
 
@@ -48,6 +50,7 @@ class UnitGraph:
     wanted_providers: dict[str, str] = field(default_factory=dict[str, str])
     prefix: str = ""
     ep: ExpertParallel | None = None
+    contests: Contests | None = None
     raised: fx.Graph | None = None
     near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
     records: list[PassRecord] = field(default_factory=list[PassRecord])
@@ -60,11 +63,13 @@ class UnitGraph:
         wanted_providers: dict[str, str],
         prefix: str = "",
         ep: ExpertParallel | None = None,
+        contests: Contests | None = None,
     ) -> "UnitGraph":
         """A capture before the first pass."""
         graph, calls = copy_graph(capture.graph), capture.calls
         reads, mode = capture.reads, capture.mode
-        return cls(name, graph, capture.graph, calls, mode, reads, wanted_providers, prefix, ep)
+        placed = (wanted_providers, prefix, ep, contests)
+        return cls(name, graph, capture.graph, calls, mode, reads, *placed)
 
     def at(self, name: str, prefix: str) -> "UnitGraph":
         """The same graphs, as those of a module that is alike: what passes change is shared."""

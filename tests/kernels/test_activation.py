@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_compile.kernels.activation import activate, activate_backward, is_fusable, register
@@ -150,13 +151,24 @@ def test_a_key_tells_activations_apart() -> None:
     assert key_of(swiglu) == key_of(swiglu)
 
 
+def test_kernels_are_asked_for_under_modes_and_hooks() -> None:
+    def cubed(x: Tensor) -> Tensor:
+        return x * x * x
+
+    key = key_of(cubed)  # nobody asked for this one yet
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with hooks, FakeTensorMode(), torch.no_grad():
+        assert is_fusable(key, WIDTH)
+
+
 def test_contracts() -> None:
     key = key_of(swiglu)
     x, weight, _ = case(swiglu, 4, WIDTH, torch.float64)
     assert is_fusable(key, WIDTH)
     leaves = x.requires_grad_(), weight.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, weight: activate(x, weight, key), leaves)
-    torch.library.opcheck(activate, (*leaves, key))
+    offs = torch.tensor([1, 4], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x, weight: activate(x, weight, offs, key), leaves)
+    torch.library.opcheck(activate, (*leaves, offs, key))
 
 
 def test_dynamo_asks_for_kernels_while_it_traces() -> None:
@@ -165,8 +177,10 @@ def test_dynamo_asks_for_kernels_while_it_traces() -> None:
 
     key = key_of(tanh)  # nobody asked for this one yet
 
+    offs = torch.tensor([3], dtype=torch.int32)
+
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        return activate(x, weight, key) if is_fusable(key, x.shape[1]) else x
+        return activate(x, weight, offs, key) if is_fusable(key, x.shape[1]) else x
 
     x, weight, _ = case(tanh, 3, WIDTH, torch.float32)
     got = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)(x, weight)
@@ -183,8 +197,12 @@ def test_on_a_gpu(activation: Activation, rows: int, width: int, dtype: torch.dt
     key = key_of(activation, width)
     assert is_fusable(key, width)
     x, weight, grad = case(activation, rows, width, dtype, "cuda")
-    found = [activate(x, weight, key), *activate_backward(grad, x, weight, key)]
-    for got, want in zip(found, expected(activation, x, weight, grad), strict=True):
+    real = rows - rows // 3
+    offs = torch.tensor([0, real, real], dtype=torch.int32, device="cuda")
+    x[real:] = torch.nan
+    found = [activate(x, weight, offs, key), *activate_backward(grad, x, weight, offs, key)]
+    wanted = expected(activation, x[:real], weight[:real], grad[:real])
+    for got, want in zip((t[:real] for t in found), wanted, strict=True):
         error = (got.double() - want).norm()
         limit = 2 if got.shape[1] > 1 else 50  # a weight's gradient is a sum that may cancel out
         assert error <= limit * torch.finfo(dtype).eps * want.norm()

@@ -22,7 +22,7 @@ def block() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         grouped = group_picks(ids, EXPERTS)
         rows = spread_rows(x, *grouped, PICKS)
         weight = weights.reshape(-1, 1).index_select(0, grouped[0])
-        rows = activate(rows, weight, key)
+        rows = activate(rows, weight, grouped[2], key)
         return collect_rows(rows, *grouped, PICKS)
 
     return run

@@ -53,6 +53,32 @@ def fail() -> None:
         assert "a test failed on rank 1" in str(caught.value)
 
 
+def fail_while_others_compare() -> None:
+    here = layout()
+
+    def act() -> None:
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError
+        check_agreement(["x"], here)
+
+    expected: Any = (RuntimeError, ZeroDivisionError)[dist.get_rank()]
+    with pytest.raises(expected) as caught:
+        on_every_rank("a test", act, 2)
+    if dist.get_rank() == 0:
+        assert "a test failed on rank 1: ZeroDivisionError" in str(caught.value)
+
+
+def compare_alone() -> None:
+    here = layout()
+
+    def act() -> None:
+        if dist.get_rank() == 0:
+            check_agreement(["x"], here)
+
+    with pytest.raises(RuntimeError, match="rank 0 is comparing, rank 1 is done"):
+        on_every_rank("a test", act, 2)
+
+
 def wait() -> None:
     agree.PATIENCE = timedelta(seconds=1)
     here = layout()
@@ -66,6 +92,8 @@ def wait() -> None:
 def together() -> None:
     compare()
     fail()
+    fail_while_others_compare()
+    compare_alone()
     wait()
 
 

@@ -167,6 +167,26 @@ def test_picks_that_may_repeat_are_added() -> None:
     assert_refused(RaiseExperts(), ExpertLoop(), experts_unit(everywhere), reason)
 
 
+def test_the_sum_ends_after_many_experts_that_compute_nothing() -> None:
+    """As LongCat-Flash's: more of them than nodes are tried as the result."""
+    idle = 12
+
+    def block(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weights, ids = scores.topk(2, dim=-1)
+        out, mask = torch.zeros_like(x), F.one_hot(ids, EXPERTS + idle).permute(2, 1, 0)
+        for expert in range(EXPERTS + idle):
+            pick, token = torch.where(mask[expert])
+            rows = x[token]
+            if expert < EXPERTS:
+                rows = body(rows, up[expert], down[expert])
+            out.index_add_(0, token, rows * weights[token, pick, None])
+        return out
+
+    weights = {"up": normal(EXPERTS, 12, 8), "down": normal(EXPERTS, 8, 6)}
+    unit = unit_of(block, normal(SEQUENCE, 8), normal(SEQUENCE, EXPERTS + idle), **weights)
+    assert RaiseExperts().run(unit) == 1
+
+
 def with_biases(*names: str) -> UnitGraph:
     """Experts of two first products and a last one, each with a bias where it is named."""
 

@@ -7,12 +7,14 @@ import torch
 
 from moe_compile.ops import CanonicalOp, dispatch, rms_norm
 from moe_compile.providers import Call, Provider, choose, registry
+from moe_compile.providers.registry import takers
 from moe_compile.rewrite.refuse import Refuse
 
 
 @dataclass(frozen=True)
 class Unwilling:
     name: str = "unwilling"
+    package: str | None = None
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         return Refuse("not today")
@@ -52,6 +54,13 @@ def test_the_wanted_one_alone_is_asked() -> None:
     assert (provider.name, refusals) == ("torch", [])
     with pytest.raises(Refuse, match="no provider takes rms_norm: not today"):
         choose(rms_norm, CALL, "unwilling")
+
+
+@pytest.mark.usefixtures("two_providers")
+def test_takers_and_the_reasons_of_those_that_could() -> None:
+    taking, left_out = takers(rms_norm, CALL)
+    assert [provider.name for provider in taking] == ["torch", "formula"]
+    assert left_out == {"unwilling": "not today"}  # nothing of who has no norm, or not on a CPU
 
 
 def test_an_unknown_name() -> None:

@@ -1,0 +1,84 @@
+"""RMSNorm by TransformerEngine, where the package `transformer_engine` is installed.
+
+Its attention is cuDNN's, which torch's has too; its grouped products are several times slower than
+torch's for many experts, and its other modules break a layer's graph.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compile import ops
+from moe_compile.kernels.transformer_engine import library, te_rms_norm
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call, Lacks
+from moe_compile.rewrite.refuse import Refuse
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    cast_first: bool = False,
+    offset: float = 0.0,
+) -> Tensor:
+    return te_rms_norm(x, weight, eps, offset == 1.0)[0]
+
+
+@dataclass(frozen=True)
+class TransformerEngineProvider:
+    """TransformerEngine's kernels as custom ops, so that no layer's graph breaks."""
+
+    name: str = "transformer_engine"
+    package: str | None = "transformer_engine"
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """Refuse what its kernels do not compute, with the reason."""
+        if op is not ops.rms_norm:
+            return Lacks(f"transformer_engine has no implementation of {op.name}")
+        arguments = call.arguments(op)
+        if arguments["x"].device.type != "cuda":
+            kind = arguments["x"].device.type
+            return Lacks(f"transformer_engine takes tensors on cuda: got {kind}")
+        problem = _problem(**arguments) or _import_problem()
+        return None if problem is None else Refuse(problem)
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """Where it is chosen, it was faster."""
+        return None
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """The implementation of `op`."""
+        return _rms_norm
+
+
+def _problem(
+    x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool, offset: float
+) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"it takes bfloat16, float16 and float32: got {x.dtype}"
+    if weight is None:
+        return "it takes norms with a weight: this one has none"
+    if weight.dtype != x.dtype:
+        return f"it takes a weight in x's dtype, {x.dtype}: got {weight.dtype}"
+    # With an offset, the product of what was rounded first and the scale is float32.
+    if offset not in (0.0, 1.0) or (offset and cast_first):
+        return f"it adds 1 or nothing to the weight, and rounds at the end: got {offset}"
+    return None
+
+
+def _import_problem() -> str | None:
+    try:
+        library()
+    except Exception as error:  # builds for another CUDA or torch fail in their own ways
+        return (
+            "it needs the package transformer_engine, whose import fails: "
+            f"{error}; install a build for this CUDA and torch"
+        )
+    return None

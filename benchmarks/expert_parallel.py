@@ -123,23 +123,32 @@ def memory(model: PreTrainedModel) -> dict[str, float]:
 def traffic(model: PreTrainedModel, ids: Tensor, layers: int) -> dict[str, float]:
     """Bytes that a rank sends a token and layer, in the forward, and the least that would do.
 
-    The least is one row for each (token, other rank) that owns one of its experts, there and back.
+    The least is one row for each (token, other rank) that owns one of its experts, there and back,
+    from the experts' ids alone.
     """
-    pairs: list[int] = []
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    needed = torch.zeros(ranks, ranks, dtype=torch.int64)
+
+    def count(_: Any, given: tuple[Tensor, ...]) -> None:
+        needed[rank] += owners(given[1])
+
     for name, module in model.named_modules():
         if name.endswith(".experts"):
-            module.register_forward_pre_hook(lambda _, given: pairs.append(owners(given[1])))
+            module.register_forward_pre_hook(count)
     with Traffic() as sent, torch.no_grad():
         model(input_ids=ids)
-    assert len(pairs) == layers
+    dist.all_reduce(needed)
+    away = needed.fill_diagonal_(0)
+    rows = int(away[rank].sum() + away[:, rank].sum())
     tokens = ids.numel() * layers
-    return {"bytes": sent.bytes / tokens, "least": sum(pairs) * 2 * HIDDEN * 4 / tokens}
+    return {"bytes": sent.bytes / tokens, "least": rows * HIDDEN * 4 / tokens}
 
 
-def owners(ids: Tensor) -> int:
-    """How many other ranks have an expert of a token, summed over the tokens; ids are [T, K]."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    return sum(len({e * ranks // EXPERTS for e in picks} - {rank}) for picks in ids.tolist())
+def owners(ids: Tensor) -> Tensor:
+    """For each rank, how many tokens have one of its experts or more; ids are [T, K]."""
+    ranks = dist.get_world_size()
+    found = [rank for picks in ids.tolist() for rank in {e * ranks // EXPERTS for e in picks}]
+    return torch.bincount(torch.tensor(found), minlength=ranks)
 
 
 def run(ranks: int, args: argparse.Namespace) -> tuple[str, ...]:

@@ -53,31 +53,38 @@ def save_on(mesh: str, folder: Path) -> list[tuple[str, int]]:
         written.append((path.name, sum(tensor.nbytes for tensor in tensors.values())))
         save_file(tensors, path, **options)
 
-    save._SMALL_FILE, save.save_file = 1, record
-    optimized(build("mixtral"), mesh, QUICK).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "_SMALL_FILE", 1)
+        patch.setattr(save, "save_file", record)
+        optimized(build("mixtral"), mesh, QUICK).save_pretrained(folder)
     return written
 
 
+def save_on_each(meshes: list[str], folder: Path) -> dict[str, list[tuple[str, int]]]:
+    return {mesh: save_on(mesh, folder / mesh) for mesh in meshes}
+
+
 @pytest.mark.parametrize(
-    ("mesh", "ranks"),
+    ("meshes", "ranks"),
     [
-        ("ep", 2),
-        ("dp_shard", 2),
-        pytest.param("dp_replicate x ep", 4, marks=pytest.mark.matrix),
-        pytest.param("dp_replicate x dp_shard x ep", 8, marks=pytest.mark.matrix),
+        (["ep", "dp_shard"], 2),
+        pytest.param(["dp_replicate x ep"], 4, marks=pytest.mark.matrix),
+        pytest.param(["dp_replicate x dp_shard x ep"], 8, marks=pytest.mark.matrix),
     ],
 )
-def test_every_rank_writes_a_part(tmp_path: Path, mesh: str, ranks: int) -> None:
-    written = on_ranks(ranks, save_on, mesh, tmp_path / "saved")
-    names = [name for each in written for name, _ in each]
-    assert len(names) == len(set(names))
-    assert sum(map(bool, written)) > ranks / 2
+def test_every_rank_writes_a_part(tmp_path: Path, meshes: list[str], ranks: int) -> None:
+    every = on_ranks(ranks, save_on_each, meshes, tmp_path)
     plain = build("mixtral")
     plain.save_pretrained(tmp_path / "plain")
-    check_stored(tmp_path / "saved", tmp_path / "plain")
-    even = sum(p.nbytes for p in plain.parameters()) / ranks
-    largest = max(p.nbytes for p in plain.parameters())
-    assert max(size for each in written for _, size in each) <= even + largest
+    sizes = [p.nbytes for p in plain.parameters()]
+    for mesh in meshes:
+        check_stored(tmp_path / mesh, tmp_path / "plain")
+        written = [each[mesh] for each in every]
+        names = [name for files in written for name, _ in files]
+        assert len(names) == len(set(names))
+        assert sum(map(bool, written)) > ranks / 2
+        largest = max(size for files in written for _, size in files)
+        assert largest <= sum(sizes) / ranks + max(sizes)
 
 
 LARGE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24}

@@ -27,8 +27,23 @@ def shard_data_parallel(
         move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
-    for module in (*layers, model):
-        fully_shard(module, mesh=layout.data, ignored_params=experts, **options)
+    for modules in (*joined_by_ties(layers), [model]):
+        fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
+
+
+def joined_by_ties(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Layers that have a parameter in common, as those of an encoder and a decoder, together.
+
+    FSDP2 gathers what belongs together for the first of them, and lets go of it after the last.
+    """
+    homes: dict[nn.Module | nn.Parameter, list[nn.Module]] = {}
+    for layer in layers:
+        joined = [layer]
+        for other in {id(homes[p]): homes[p] for p in layer.parameters() if p in homes}.values():
+            joined = [*other, *joined]
+        for each in joined:
+            homes |= dict.fromkeys((each, *each.parameters()), joined)
+    return list({id(group): group for group in homes.values()}.values())
 
 
 def move(model: nn.Module, device: torch.device) -> None:
@@ -39,7 +54,7 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 
 def check_ties(model: nn.Module, layers: list[str]) -> None:
-    """FSDP2 shards each layer by itself, so a parameter may not be part of two of them.
+    """FSDP2 shards layers apart from the rest, so a parameter may not be part of both.
 
     Raises:
         ValueError: naming the parameters that are tied.
@@ -48,9 +63,10 @@ def check_ties(model: nn.Module, layers: list[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
     for tied in names.values():
-        homes = {next((x for x in layers if name.startswith(f"{x}.")), "") for name in tied}
-        if len(homes) > 1:
+        inside = [name for name in tied if any(name.startswith(f"{layer}.") for layer in layers)]
+        outside = [name for name in tied if name not in inside]
+        if inside and outside:
             raise ValueError(
-                f"the model got {tied[0]} and {tied[-1]}, which are one parameter; on several "
-                "ranks it takes ties within a layer, or outside of all layers; untie them"
+                f"the model got {inside[0]} and {outside[0]}, which are one parameter; on several "
+                "ranks it takes ties of layers, or outside of all layers; untie them"
             )

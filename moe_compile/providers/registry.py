@@ -6,6 +6,7 @@ from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.all_to_all import AllToAllProvider
 from moe_compile.providers.deepep import DeepEPProvider
+from moe_compile.providers.flex_attention import FlexAttentionProvider
 from moe_compile.providers.formula import FormulaProvider
 from moe_compile.providers.liger import LigerProvider
 from moe_compile.providers.provider import Call, Lacks, Provider
@@ -21,7 +22,10 @@ PROVIDERS: tuple[Provider, ...] = (
     LigerProvider(),
     TransformerEngineProvider(),
 )
-"""Every provider; where none can be timed, the first that takes a call computes it."""
+"""Those that are chosen from; where none can be timed, the first that takes a call computes it."""
+
+ON_REQUEST: tuple[Provider, ...] = (FlexAttentionProvider(),)
+"""Those that must be asked for by name, as long as nobody has measured them in a whole model."""
 
 
 def takers(op: CanonicalOp[..., Any], call: Call) -> tuple[list[Provider], dict[str, str]]:
@@ -50,9 +54,10 @@ def choose(
         ValueError: No provider is called `wanted`.
         Refuse: No provider asked takes the call.
     """
-    asked = [p for p in PROVIDERS if wanted in (None, p.name)]
+    known = (*PROVIDERS, *ON_REQUEST)
+    asked = PROVIDERS if wanted is None else [p for p in known if p.name == wanted]
     if not asked:
-        names = ", ".join(repr(p.name) for p in PROVIDERS)
+        names = ", ".join(repr(p.name) for p in known)
         raise ValueError(
             f"no provider is called {wanted!r}; choose one of {names}, or leave it out"
         )

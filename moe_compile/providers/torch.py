@@ -11,7 +11,6 @@ from torch import Tensor
 from moe_compile import ops
 from moe_compile.kernels.activation import activate, is_fusable
 from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
-from moe_compile.kernels.flex_attention import flexible_attention, is_flexible, is_fused
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
@@ -80,7 +79,7 @@ def _sdpa(
     )
 
 
-def _attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -92,6 +91,7 @@ def _attention(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
+    """`ops.attention` by `scaled_dot_product_attention`, where one of its kernels is right."""
     if sinks is None and mask is not None and mask.dtype != torch.bool:
         # A fused backward recomputes the weights from a log-sum-exp. In a row that a mask fills
         # with the dtype's minimum, that has lost the logarithm: the gradient is L times too large.
@@ -108,20 +108,13 @@ def _attention(
         )
     if sinks is None and mask is None and window is None:
         return _sdpa(query, key, value, None, scale, causal, dropout)
-    if is_fused(query) and is_flexible(
-        query, key, value, mask, causal=causal, window=window, dropout=dropout
-    ):
-        return flexible_attention(
-            query, key, value, mask, sinks, scale=scale, causal=causal, window=window
-        )
     shape = (*query.shape[:3], key.shape[2])
     if causal or window is not None:
         mask = _restrict(mask, band(shape[2], shape[3], window, query.device))
     if sinks is not None:
         # A sink is a key of zeros with the sink for its mask and a value of zeros. Against a
         # softmax written out in torch this is 1.3 times as fast in float32 on a CPU, and 8 times
-        # in bfloat16 at half the error. No backend of it returns a
-        # log-sum-exp with a gradient.
+        # in bfloat16 at half the error. No backend of it returns a log-sum-exp with a gradient.
         mask = _sink_bias(mask, sinks, shape)
         key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
     return _sdpa(query, key, value, mask, scale, False, dropout)
@@ -215,7 +208,7 @@ def _weighed(
 
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
-    ops.attention: _attention,
+    ops.attention: attention,
     ops.experts: _experts,
     ops.gated_mlp: ops.gated_mlp.reference,
     ops.linear_cross_entropy: linear_cross_entropy,

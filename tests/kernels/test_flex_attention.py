@@ -15,7 +15,8 @@ import moe_compile
 from moe_compile.kernels import flex_attention as kernels
 from moe_compile.kernels.flex_attention import block_mask, flexible_attention, is_flexible
 from moe_compile.ops import attention
-from moe_compile.providers import torch as provider
+from moe_compile.providers import flex_attention as provider
+from moe_compile.providers.flex_attention import FlexAttentionProvider
 from moe_compile.providers.torch import TorchProvider
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -266,7 +267,10 @@ def test_a_model_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     want = losses()
     monkeypatch.setattr(provider, "is_fused", lambda query: torch.compiler.is_dynamo_compiling())
     monkeypatch.setattr(provider, "flexible_attention", spy)
-    options = moe_compile.OptimizeConfig(compile={"backend": "aot_eager"}, autocast=False)
+    monkeypatch.setattr(FlexAttentionProvider, "supports", lambda *_: None)
+    options = moe_compile.OptimizeConfig(
+        compile={"backend": "aot_eager"}, autocast=False, providers={"attention": "flex_attention"}
+    )
     moe_compile.optimize(model, config=options)
     got = losses()
     assert calls
@@ -291,7 +295,8 @@ def test_on_a_gpu(kind: str, sinks: bool) -> None:
     if kind == "low" and not sinks:
         pytest.skip("left to the reference")
     implementation = TorchProvider().implementation(attention)
-    fn = torch.compile(implementation, fullgraph=True, dynamic=True)
+    flex = FlexAttentionProvider().implementation(attention)
+    fn = torch.compile(flex, fullgraph=True, dynamic=True)
     band = {"causal": {"causal": True}, "window": {"window": 130}}.get(kind, {})
     if kind == "causal" and not sinks:
         pytest.skip("SDPA's own fused kernel")

@@ -250,7 +250,13 @@ def tied() -> None:
     model = build("mixtral")
     first, second = model.model.layers
     second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
-    with pytest.raises(ValueError, match=r"q_proj.weight, which are one parameter; .*; untie"):
+    model, reference = both("ep", model)
+    assert second.self_attn.q_proj.weight is first.self_attn.q_proj.weight
+    check_step(model, reference)
+    check_step(model, reference)
+    model = build("mixtral")
+    model.model.norm.weight = model.model.layers[0].input_layernorm.weight
+    with pytest.raises(ValueError, match=r"norm.weight, which are one parameter; .*; untie"):
         optimized(model, "ep")
     model = small()
     experts = model.model.layers[0].mlp.experts

@@ -50,11 +50,10 @@ def build(layers: int) -> PreTrainedModel:
 
 
 class Traffic:
-    """Counts what `all_to_all_single` sends to other ranks, by the number of columns and dtype."""
+    """Counts the bytes that `all_to_all_single` sends to other ranks."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.rows = 0
         self._send = dist.all_to_all_single
 
     def __enter__(self) -> "Traffic":
@@ -71,7 +70,6 @@ class Traffic:
         sizes = sent if sent is not None else [x.shape[0] // ranks] * ranks
         away = sum(size for other, size in enumerate(sizes) if other != rank)
         self.bytes += away * x[:1].numel() * x.element_size() if len(x) else 0
-        self.rows += away if x.shape[1:] == (HIDDEN,) else 0
         return self._send(out, x, received, sent, group=group)
 
 
@@ -125,13 +123,32 @@ def memory(model: PreTrainedModel) -> dict[str, float]:
 def traffic(model: PreTrainedModel, ids: Tensor, layers: int) -> dict[str, float]:
     """Bytes that a rank sends a token and layer, in the forward, and the least that would do.
 
-    The least is one row for each (token, other rank) that needs it, there and back.
+    The least is one row for each (token, other rank) that owns one of its experts, there and back,
+    from the experts' ids alone.
     """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    needed = torch.zeros(ranks, ranks, dtype=torch.int64)
+
+    def count(_: Any, given: tuple[Tensor, ...]) -> None:
+        needed[rank] += owners(given[1])
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(count)
     with Traffic() as sent, torch.no_grad():
         model(input_ids=ids)
+    dist.all_reduce(needed)
+    away = needed.fill_diagonal_(0)
+    rows = int(away[rank].sum() + away[:, rank].sum())
     tokens = ids.numel() * layers
-    row = HIDDEN * 4
-    return {"bytes": sent.bytes / tokens, "least": sent.rows * row / tokens}
+    return {"bytes": sent.bytes / tokens, "least": rows * HIDDEN * 4 / tokens}
+
+
+def owners(ids: Tensor) -> Tensor:
+    """For each rank, how many tokens have one of its experts or more; ids are [T, K]."""
+    ranks = dist.get_world_size()
+    found = [rank for picks in ids.tolist() for rank in {e * ranks // EXPERTS for e in picks}]
+    return torch.bincount(torch.tensor(found), minlength=ranks)
 
 
 def run(ranks: int, args: argparse.Namespace) -> tuple[str, ...]:

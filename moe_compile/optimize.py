@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.node import map_aggregate
 
 from moe_compile.adapters.checkpoints import settle_dtypes
 from moe_compile.capture.group import Group, group
@@ -23,16 +25,16 @@ from moe_compile.config import OptimizeConfig
 from moe_compile.install.compile import compile_options, compile_units, is_layer
 from moe_compile.install.head import HeadPlan, install_head, plan_head
 from moe_compile.install.sites import Installation, install, prepare
-from moe_compile.parallel.agree import check_agreement
-from moe_compile.parallel.fsdp import check_ties
-from moe_compile.parallel.layout import Layout, layout_of
+from moe_compile.parallel.agree import check_agreement, on_every_rank
+from moe_compile.parallel.fsdp import check_ties, move
+from moe_compile.parallel.layout import Layout, device_on, layout_of, whole_job
 from moe_compile.parallel.shard import layer_names, shard
 from moe_compile.passes import PIPELINE
 from moe_compile.report import Report
 from moe_compile.reporting import summarize
 from moe_compile.rewrite.owners import Owners
 from moe_compile.rewrite.pipeline import Pipeline, verify_facts
-from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph
+from moe_compile.rewrite.unit_graph import PassRecord, UnitGraph, copy_graph
 from moe_compile.timing import Contests
 
 M = TypeVar("M", bound=nn.Module)
@@ -117,7 +119,6 @@ def optimize(
     settle_dtypes(model)
     work = _analyze(model, mesh, config, PIPELINE if passes is None else passes, example_inputs)
     if work.layout is not None:
-        check_ties(model, layer_names(work.groups))
         check_agreement(_plan(model, config, work), work.layout)
     with work.timed("install"):
         for installation in work.installations:
@@ -130,6 +131,8 @@ def optimize(
         with work.timed("shard"):
             shard(model, work.groups, work.installations, work.layout, config)
             bind_save(model, work.layout)
+    elif mesh is not None:
+        move(model, work.device)
     setattr(model, _REPORT, _summary(work))
     return model
 
@@ -172,13 +175,37 @@ def _analyze(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None,
 ) -> Work:
     """Everything up to the installation; the model is not touched."""
-    check_model(model, example_inputs, optimized=hasattr(model, _REPORT))
-    check_mesh(mesh, model)
-    check_config(config, mesh)
-    check_passes(pipeline)
-    work = Work(layout_of(mesh), head=plan_head(model, config))
+
+    def check_all() -> None:
+        check_model(model, example_inputs, optimized=hasattr(model, _REPORT))
+        check_mesh(mesh, model)
+        check_config(config, mesh)
+        check_passes(pipeline)
+
+    on_every_rank("optimize", check_all, whole_job(mesh))
+    work = Work(layout_of(mesh))
+    device = None if mesh is None else device_on(mesh)
+    ranks, group = (1, None) if work.layout is None else (work.layout.ranks, work.layout.group)
+
+    def analyze() -> None:
+        _capture(model, config, pipeline, example_inputs, work, device)
+
+    on_every_rank("optimize", analyze, ranks, group)
+    return work
+
+
+def _capture(
+    model: nn.Module,
+    config: OptimizeConfig,
+    pipeline: Pipeline,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
+    work: Work,
+    device: torch.device | None,
+) -> None:
+    """Fills in what one rank finds out by itself; `device` is the mesh's."""
+    work.head = plan_head(model, config)
     with work.timed("probe"):
-        shadow = cast_shadow(model, None if work.layout is None else work.layout.device)
+        shadow = cast_shadow(model, device)
         work.device = shadow.device
         probed = probe(shadow, example_inputs)
     sizes = shadow.batch, shadow.sequence
@@ -194,7 +221,8 @@ def _analyze(
     with work.timed("verify"):
         for found, units in zip(work.groups, work.units, strict=True):
             work.installations += prepare(model, found, units, config.verify, work.device)
-    return work
+    if work.layout is not None:
+        check_ties(model, layer_names(work.groups))
 
 
 def _rewrite(
@@ -242,14 +270,24 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
     graphs = [
         f"{unit.name}: {line}"
         for unit in itertools.chain(*work.units)
-        for line in graph_lines(unit.captured, work.device)
+        for line in graph_lines(unit.graph, work.device, unit.ep and unit.ep.group)
     ]
     return [repr(config), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
 
 
-def graph_lines(graph: fx.Graph, device: torch.device) -> list[str]:
-    """A graph as text that is the same on every rank, each of which has a device of its own."""
-    return str(graph).replace(str(device), device.type).splitlines()
+def graph_lines(graph: fx.Graph, device: torch.device, group: str | None = None) -> list[str]:
+    """A graph as text that is the same on every rank.
+
+    Each has addresses of objects, a device, and perhaps an expert-parallel group of its own.
+    """
+    graph = copy_graph(graph)
+    for node in graph.nodes:
+        args: Any = map_aggregate(
+            node.args, lambda a: "ep" if isinstance(a, str) and a == group else a
+        )
+        node.args = args
+    text = str(graph).replace(str(device), device.type)
+    return re.sub(r" at 0x[0-9a-f]+", "", text).splitlines()
 
 
 def _summary(work: Work) -> Report:

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -5,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 import moe_compile
 from moe_compile import PIPELINE, OptimizeConfig
+from moe_compile.checks import check_mesh
 from tests.families import build
 
 PLACES = [moe_compile.optimize, moe_compile.explain]
@@ -187,6 +190,28 @@ def test_a_model_on_several_devices(place: Any) -> None:
     with pytest.raises(ValueError, match="got parameters on cpu, meta and a mesh of cpu") as error:
         place(model, Mesh(("ep",), (2,)))
     check(error, "model.to")
+
+
+@places
+def test_a_model_on_another_kind_of_device(place: Any) -> None:
+    model = build("mixtral", torch.bfloat16, num_hidden_layers=1)
+    mode = FakeTensorMode()
+    model = copy.deepcopy(model, {id(p): cuda(p, mode) for p in model.parameters()})
+    with pytest.raises(ValueError, match="got parameters on cuda and a mesh of cpu") as error:
+        place(model, Mesh(("ep",), (2,)))
+    check(error, "all on cpu", "the meta device", "model.to")
+
+
+def cuda(parameter: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
+    """A parameter on CUDA, as far as anyone can see."""
+    meta = torch.empty_like(parameter, device="meta")
+    return nn.Parameter(FakeTensor(mode, meta, torch.device("cuda")))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_can_be_moved(device: str, model: Any) -> None:
+    mesh: Any = Mesh(("ep",), (2,), device_type="cuda")
+    check_mesh(mesh, model.to(device))
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,17 @@ def test_pass_order() -> None:
     assert sites["norms dropped"] < sites["default"] == sites["experts last"]
 
 
-def test_finetune(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_finetune(tmp_path: Path, ranks: int) -> None:
+    """As `make demo RANKS=1` and `make demo` run it."""
     script = ROOT / "examples" / "finetune.py"
     runpy.run_path(str(script))["write_small_model"](tmp_path / "model", README)
     folders = ["--model", tmp_path / "model", "--save", tmp_path / "saved"]
-    printed = run(script, *folders, "--text", ROOT / "README.md", *FAST)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = torchrun if ranks > 1 else []
+    printed = run(*launcher, script, *folders, "--text", ROOT / "README.md", *FAST)
     assert "grouped_experts" in printed
+    assert ("all_to_all, torch" in printed) == (ranks > 1)
     assert "logits in plain transformers" in printed
     assert (tmp_path / "saved" / "model.safetensors").exists()
 

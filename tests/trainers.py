@@ -1,8 +1,11 @@
 """The losses of three steps in a Trainer of Hugging Face's."""
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from tests.pairs import token_ids
@@ -26,6 +29,25 @@ def trainer_losses(model: Any, *, rows: int = 6) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, **ARGUMENTS)
         return losses_of(Trainer(model, arguments, train_dataset=examples))  # type: ignore[arg-type]
+
+
+def trainer_logs(model: Any, folder: Path | None = None, **options: Any) -> list[dict[str, float]]:
+    """Loss and gradient norm of each step, on rows that have different numbers of labels."""
+    rows = token_ids(12, 10)
+    examples = [
+        {"input_ids": row, "labels": unlabelled(row, 3 * i % 8)} for i, row in enumerate(rows)
+    ]
+    with tempfile.TemporaryDirectory() as own:
+        arguments = TrainingArguments(str(folder or own), **ARGUMENTS | options)
+        trainer = Trainer(model, arguments, train_dataset=examples)  # type: ignore[arg-type]
+        trainer.train()
+    kept = ("loss", "grad_norm")
+    return [{n: entry[n] for n in kept} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def unlabelled(row: Tensor, count: int) -> Tensor:
+    """The row without its first labels."""
+    return row.masked_fill(torch.arange(len(row)) < count, -100)
 
 
 def losses_of(trainer: Any) -> list[float]:

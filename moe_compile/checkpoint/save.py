@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from moe_compile.adapters import checkpoints
 from moe_compile.adapters.checkpoints import Conversion
 from moe_compile.adapters.transformers import base_model, is_pretrained
+from moe_compile.parallel.agree import meet, on_every_rank
 from moe_compile.parallel.layout import Layout
 
 _SMALL_FILE = 10**9
@@ -78,11 +78,15 @@ def _save(model: nn.Module, options: dict[str, Any], layout: Layout) -> None:
     state = options.get("state_dict")
     given = model.state_dict() if state is None else state
     adapters = checkpoints.adapter_names(model, given, options)
-    if state is None and adapters is None:
+    sharded = any(isinstance(tensor, DTensor) for tensor in given.values())
+    whole = state is None and adapters is None
+    if whole or sharded:
+        meet("save_pretrained", layout)
+    if whole:
         _save_model(model, options, layout)
         return
     # A user's own tensors may be on one rank only, so they take no part in anything collective.
-    if any(isinstance(tensor, DTensor) for tensor in given.values()):
+    if sharded:
         given = {name: _whole(given[name], layout.rank == 0) for name in adapters or given}
     if layout.rank == 0:
         checkpoints.class_save(model, options | {"state_dict": given})
@@ -219,16 +223,4 @@ def _write_index(path: Path, index: dict[str, Any] | None) -> None:
 
 
 def _on_all(layout: Layout, action: Callable[[], None]) -> None:
-    """Runs the action on every rank; a rank that fails stops them all, nobody waits for it."""
-    failure: Exception | None = None
-    try:
-        action()
-    except Exception as error:
-        failure = error
-    failures: list[str | None] = [None] * layout.ranks
-    dist.all_gather_object(failures, None if failure is None else repr(failure), layout.group)
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(failures):
-        if text is not None:
-            raise RuntimeError(f"save_pretrained failed on rank {rank}: {text}")
+    on_every_rank("save_pretrained", action, layout.ranks, layout.group)

@@ -6,8 +6,10 @@ FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from moe_compile.config import OptimizeConfig
 from moe_compile.parallel.layout import Layout
@@ -22,6 +24,7 @@ def shard_data_parallel(
 ) -> None:
     """Applies FSDP2 to the layers and the model; `experts` are left to their own ranks."""
     if config.fsdp is False:
+        move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
     for modules in (*joined_by_ties(layers), [model]):
@@ -41,6 +44,13 @@ def joined_by_ties(layers: list[nn.Module]) -> list[list[nn.Module]]:
         for each in joined:
             homes |= dict.fromkeys((each, *each.parameters()), joined)
     return list({id(group): group for group in homes.values()}.values())
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Moves all but shards to the device, as `fully_shard` does; what is on meta stays there."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor) and not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
 
 
 def check_ties(model: nn.Module, layers: list[str]) -> None:

@@ -90,6 +90,13 @@ def layout_of(mesh: DeviceMesh | None) -> Layout | None:
     return Layout(sizes, data, experts, _are_on_one_machine(experts.get_group("ep")))
 
 
+def whole_job(mesh: DeviceMesh | None) -> int:
+    """How many ranks can talk before there is a layout: all that there are, or only this one."""
+    if mesh is None or not dist.is_initialized() or mesh.size() != dist.get_world_size():
+        return 1
+    return mesh.size()
+
+
 def _are_on_one_machine(group: dist.ProcessGroup) -> bool:
     names = [""] * group.size()
     dist.all_gather_object(names, socket.gethostname(), group=group)

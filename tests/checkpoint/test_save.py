@@ -1,5 +1,7 @@
 """`save_pretrained` from several ranks: the files that one process writes for the whole model."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import moe_compile
+from moe_compile.checkpoint import load, save
 from tests.checkpoint.folders import QUICK, check_same, check_stored, everything, stored
 from tests.families import FAMILIES, build
 from tests.parallel.models import optimized
@@ -39,6 +43,78 @@ def test_every_family_is_saved_as_one_process_saves_it(tmp_path: Path, families:
     for family in families:
         build(family).save_pretrained(tmp_path / "plain" / family)
         check_stored(tmp_path / family, tmp_path / "plain" / family)
+
+
+def save_on(mesh: str, folder: Path) -> list[tuple[str, int]]:
+    """The files that this rank writes, and their bytes, where no file is too small for a rank."""
+    written: list[tuple[str, int]] = []
+
+    def record(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        written.append((path.name, sum(tensor.nbytes for tensor in tensors.values())))
+        save_file(tensors, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "_SMALL_FILE", 1)
+        patch.setattr(save, "save_file", record)
+        optimized(build("mixtral"), mesh, QUICK).save_pretrained(folder)
+    return written
+
+
+def save_on_each(meshes: list[str], folder: Path) -> dict[str, list[tuple[str, int]]]:
+    return {mesh: save_on(mesh, folder / mesh) for mesh in meshes}
+
+
+@pytest.mark.parametrize(
+    ("meshes", "ranks"),
+    [
+        (["ep", "dp_shard"], 2),
+        pytest.param(["dp_replicate x ep"], 4, marks=pytest.mark.matrix),
+        pytest.param(["dp_replicate x dp_shard x ep"], 8, marks=pytest.mark.matrix),
+    ],
+)
+def test_every_rank_writes_a_part(tmp_path: Path, meshes: list[str], ranks: int) -> None:
+    every = on_ranks(ranks, save_on_each, meshes, tmp_path)
+    plain = build("mixtral")
+    plain.save_pretrained(tmp_path / "plain")
+    sizes = [p.nbytes for p in plain.parameters()]
+    for mesh in meshes:
+        check_stored(tmp_path / mesh, tmp_path / "plain")
+        written = [each[mesh] for each in every]
+        names = [name for files in written for name, _ in files]
+        assert len(names) == len(set(names))
+        assert sum(map(bool, written)) > ranks / 2
+        largest = max(size for files in written for _, size in files)
+        assert largest <= sum(sizes) / ranks + max(sizes)
+
+
+LARGE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24}
+
+
+def memory_of_a_save(folder: Path) -> tuple[int, int]:
+    """The bytes by which a rank grows at most while it saves, and those of the whole model."""
+    with torch.device("meta"):
+        model: Any = build("mixtral", num_local_experts=8, **LARGE)
+    model = optimized(model, "ep", QUICK)
+    load._materialize(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(0.5)  # memory counts once it is written to
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before = peak()
+    model.save_pretrained(folder, max_shard_size="8MB")
+    return peak() - before, sum(p.nbytes for p in model.parameters())
+
+
+def peak() -> int:
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a process's peak memory")
+def test_no_rank_gathers_the_model(tmp_path: Path) -> None:
+    for growth, whole in on_ranks(2, memory_of_a_save, tmp_path):
+        assert whole > 300 * 2**20
+        assert growth < whole / 2, (growth, whole)
 
 
 TIED: dict[str, Any] = {"dtype": torch.bfloat16, "tie_word_embeddings": True}

@@ -1,11 +1,15 @@
 """Models on meshes, and what one process gives for the data of all ranks."""
 
+import contextlib
 import copy
+import logging
+from collections.abc import Generator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -87,3 +91,19 @@ def both(mesh: str, model: Any, config: OptimizeConfig | None = None) -> tuple[A
     """The model on a mesh, and an untouched copy."""
     reference = copy.deepcopy(model)
     return optimized(model, mesh, config), reference
+
+
+@contextlib.contextmanager
+def no_graph_breaks() -> Generator[None]:
+    """Fails if Dynamo breaks a graph inside, or a layer runs uncompiled, which is a warning."""
+    counters.clear()
+    logs: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logs.append(record.getMessage())
+    logger = logging.getLogger("moe_compile")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert logs == [], logs
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["graph_break"] == {}, counters["graph_break"]

@@ -43,11 +43,12 @@ def run(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> list[Any]:
     return [*found, *(p.grad for p in module.parameters())]
 
 
-def equals_one_process() -> None:
+def equals_one_process(mesh: str) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, reference = both("ep", small())
+    model, reference = both(mesh, small())
     ours, theirs = (m.model.layers[0].mlp.experts for m in (model, reference))
-    for (case, picks), training in itertools.product(PICKS.items(), (True, False)):
+    for (case, two), training in itertools.product(PICKS.items(), (True, False)):
+        picks = two if ranks == 2 else [*two, *reversed(two)]
         ours.train(training)
         every = [run(theirs, *arguments(part, seed)) for seed, part in enumerate(picks)]
         weights = zip(*(values[3:] for values in every), strict=True)
@@ -57,10 +58,6 @@ def equals_one_process() -> None:
             assert mine is not None, f"{case}: an expert without tokens has no gradient"
             whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
             assert error(whole, wanted) < 1e-5, case
-
-
-def test_any_number_of_tokens() -> None:
-    on_ranks(2, equals_one_process)
 
 
 def other_forms() -> None:
@@ -73,8 +70,18 @@ def other_forms() -> None:
     experts(x, ids, weights)
 
 
-def test_a_form_that_was_not_captured_is_an_error() -> None:
-    on_ranks(2, other_forms)
+def on_two_ranks() -> None:
+    equals_one_process("ep")
+    other_forms()
+
+
+def test_any_number_of_tokens_and_no_other_form() -> None:
+    on_ranks(2, on_two_ranks)
+
+
+def on_four_ranks() -> None:
+    shards()
+    equals_one_process("dp_shard x ep")
 
 
 def shards() -> None:
@@ -105,8 +112,8 @@ def check_whole_experts(full: Tensor, mesh: DeviceMesh) -> None:
     assert torch.equal(weight.grad.full_tensor(), want)
 
 
-def test_shards() -> None:
-    on_ranks(4, shards)
+def test_shards_and_any_number_of_tokens() -> None:
+    on_ranks(4, on_four_ranks)
 
 
 def kept_bytes(mesh: str, compiled: bool) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""What becomes of all that is no expert."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+import moe_compile
+from moe_compile import OptimizeConfig
+from tests.parallel.models import EXPERTS_ONLY, both, check_step, small
+from tests.ranks import on_ranks
+
+
+def options() -> None:
+    """One `fully_shard` a layer and one for the model, with the options that were given."""
+    config = OptimizeConfig(fsdp={"reshard_after_forward": False})
+    model, reference = both("ep", small(num_hidden_layers=2), config)
+    wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    assert wrapped == [model, *model.model.layers]
+    for layer in model.model.layers:
+        assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
+    check_step(model, reference)
+
+
+def alone() -> None:
+    """Without FSDP2 only the experts are shards, and gradients of the rest are a rank's own."""
+    model, reference = both("ep", small(), OptimizeConfig(fsdp=False))
+    assert not any(isinstance(m, FSDPModule) for m in model.modules())
+    for name, parameter in model.named_parameters():
+        assert hasattr(parameter, "device_mesh") == (".experts." in name)
+    check_averaged_step(model, reference)
+
+
+def check_averaged_step(model: Any, reference: Any) -> None:
+    def average(gradient: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(gradient)
+        return gradient / dist.get_world_size()
+
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name:
+            parameter.register_hook(average)
+    check_step(model, reference)
+
+
+def on_two_ranks() -> None:
+    options()
+    alone()
+
+
+def test_options_and_none() -> None:
+    on_ranks(2, on_two_ranks)
+
+
+def from_cpu_to_gpu(shape: tuple[int, ...]) -> None:
+    torch.cuda.set_device(0)
+    mesh = init_device_mesh("cuda", shape, mesh_dim_names=("ep",))
+    for fsdp in ("auto", False):
+        config = OptimizeConfig(fsdp=fsdp, compile=False)
+        model: Any = moe_compile.optimize(small(), mesh, config, passes=EXPERTS_ONLY)
+        held = (*model.parameters(), *model.buffers())
+        assert {tensor.device.type for tensor in held} == {"cuda"}, fsdp
+        if fsdp is False:  # gloo cannot do what FSDP2 needs
+            ids = torch.ones(1, 8, dtype=torch.int64, device="cuda")
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_on_the_cpu_moves_to_the_mesh(ranks: int) -> None:
+    on_ranks(ranks, from_cpu_to_gpu, (ranks,))

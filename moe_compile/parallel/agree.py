@@ -111,6 +111,19 @@ def check_agreement(plan: list[str], layout: Layout) -> None:
     raise ValueError(_difference(plans))
 
 
+def said_by_first(text: str, layout: Layout) -> str:
+    """What rank 0 says, on every rank; what the others say is dropped.
+
+    Raises:
+        RuntimeError: if a rank failed meanwhile, or is somewhere else.
+    """
+    heard = _hear(
+        "listening to rank 0", text if layout.rank == 0 else "", layout.ranks, layout.group
+    )
+    _check_together(heard)
+    return heard[0][1]
+
+
 def _difference(plans: list[list[str]]) -> str:
     first = plans[0]
     for rank, plan in enumerate(plans):

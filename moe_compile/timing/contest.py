@@ -3,17 +3,17 @@
 On several ranks rank 0 times, and tells the others: every rank must choose the same.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_compile.config import OptimizeConfig
 from moe_compile.ops.canonical import CanonicalOp
-from moe_compile.parallel.agree import check_agreement
+from moe_compile.parallel.agree import check_agreement, said_by_first
 from moe_compile.parallel.layout import Layout
 from moe_compile.providers.provider import Call, Provider
 from moe_compile.rewrite.refuse import Refuse
@@ -107,9 +107,8 @@ class Contests:
             return self._found(key, race)
         # A rank that had other candidates, or none, would leave the others waiting.
         check_agreement([key], self.layout)
-        told = [self._found(key, race) if self.layout.rank == 0 else Timing()]
-        dist.broadcast_object_list(told, group=self.layout.group, group_src=0)
-        return told[0]
+        found = json.dumps(asdict(self._found(key, race))) if self.layout.rank == 0 else ""
+        return Timing(**json.loads(said_by_first(found, self.layout)))
 
     def _found(self, key: str, race: Race) -> Timing:
         """From the cache, or by timing."""

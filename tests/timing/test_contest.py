@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import moe_compile
 from moe_compile import OptimizeConfig
 from moe_compile.ops import experts, rms_norm
+from moe_compile.parallel.agree import on_every_rank
 from moe_compile.parallel.layout import layout_of
 from moe_compile.providers import Call, registry
 from moe_compile.rewrite.normal_form import aten
@@ -20,6 +21,7 @@ from moe_compile.rewrite.region import Region
 from moe_compile.timing import Contests, Timing, contest, measure, versions
 from moe_compile.timing.cache import TimingCache
 from moe_compile.timing.inputs import Sizes
+from moe_compile.timing.race import Race
 from tests.families import build
 from tests.pairs import inputs, step
 from tests.ranks import on_ranks
@@ -307,6 +309,27 @@ def test_ranks_with_other_candidates_are_an_error_on_all() -> None:
     first, second = on_ranks(2, differ)
     assert "by a, a;" in first
     assert first == second
+
+
+def stops(*_: object) -> None:
+    raise ArithmeticError("the clock stands still")
+
+
+def failing() -> str:
+    """A clock that stops on rank 0, the only one that looks at it."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    own, takers = contests(layout=layout_of(mesh)), [*pair()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Race, "run", stops)
+        with pytest.raises(Exception, match="stands") as error:
+            on_every_rank("optimize", lambda: own.decide(rms_norm, CALL, takers), 2)
+    return str(error.value)
+
+
+def test_a_rank_that_cannot_time_is_an_error_on_all() -> None:
+    first, second = on_ranks(2, failing)
+    assert first == "the clock stands still"
+    assert second.startswith("optimize failed on rank 0: ArithmeticError")
 
 
 def test_a_spoilt_cache_is_named_and_made_anew(

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.ranks"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "transformers.models.auto.modeling_auto", "moe_compile", "tests.ranks"]
+)
 _TIMEOUT = 300
 
 

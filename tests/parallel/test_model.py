@@ -107,7 +107,9 @@ def around_experts(mesh: str) -> None:
         lora_after()
 
 
-@pytest.mark.parametrize(("mesh", "ranks"), [("ep", 2), ("dp_shard x ep", 4)])
+@pytest.mark.parametrize(
+    ("mesh", "ranks"), [("ep", 2), pytest.param("dp_shard x ep", 4, marks=pytest.mark.matrix)]
+)
 def test_ties_frozen_experts_recomputation_and_lora(mesh: str, ranks: int) -> None:
     on_ranks(ranks, around_experts, mesh)
 

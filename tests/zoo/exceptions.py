@@ -139,7 +139,10 @@ EXCEPTIONS: dict[str, Fields] = {
 }
 
 FULL_SIZE: dict[str, Fields] = {
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31]}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31], "num_experts_per_tok": 6}
+    },
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4v_moe": {"text_config": {"head_dim": 128}},  # as its sections of rotary want
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 256}},

@@ -144,6 +144,7 @@ FULL_SIZE: dict[str, Fields] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4v_moe": {"text_config": {"head_dim": 128}},  # as its sections of rotary want
+    "qwen3_omni_moe_thinker": {"text_config": {"head_dim": 128}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 256}},
 }

@@ -78,7 +78,8 @@ def _entry(
         if way is None or self in untraceable:
             return function(self, *args, **kwargs)
         if way not in compiled:
-            compiled[way] = _compiled(_copy(function, number, len(compiled)), options)
+            name = f"{function.__name__}_{number}_{len(compiled)}"
+            compiled[way] = _compiled(with_own_code(function, name), options)
         try:
             with hf.recording_inside():
                 return compiled[way](self, *args, **kwargs)
@@ -151,9 +152,9 @@ def _warn_about_cache() -> None:
 _warned = False
 
 
-def _copy(function: types.FunctionType, number: int, version: int) -> Callable[..., Any]:
-    """The same function with a code object of its own."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{number}_{version}")
+def with_own_code(function: types.FunctionType, name: str) -> types.FunctionType:
+    """The same function with a code object of its own, for which Dynamo keeps what it compiled."""
+    code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )

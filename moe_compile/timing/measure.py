@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moe_compile.install.compile import with_own_code
+
 _WARM_UPS = 3
 _SECONDS = 0.2
 _FEWEST, _MOST = 5, 100
@@ -69,14 +71,8 @@ def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Calla
     # Torch takes what it knows out of the inner options, which are the user's.
     own: dict[str, Any] = {n: dict(o) if n == "options" else o for n, o in options.items()}
     own["dynamic"] = False
-    return torch.compile(_own_code(function), **own)
-
-
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, of which Dynamo compiles one version."""
     assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_name="timed")
-    return types.FunctionType(code, function.__globals__, "timed", None, function.__closure__)
+    return torch.compile(with_own_code(function, "timed"), **own)
 
 
 def _step(

@@ -22,6 +22,7 @@ from moe_compile.capture.group import Group
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.forward import bind
 from moe_compile.install.guards import foreign_guards
+from moe_compile.install.own_code import with_own_code
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,13 +151,3 @@ def _warn_about_cache() -> None:
 
 
 _warned = False
-
-
-def with_own_code(function: types.FunctionType, name: str) -> types.FunctionType:
-    """The same function with a code object of its own, for which Dynamo keeps what it compiled."""
-    code = function.__code__.replace(co_name=name)
-    copy = types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

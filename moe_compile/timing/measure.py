@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moe_compile.install.compile import with_own_code
+from moe_compile.install.own_code import with_own_code
 
 _WARM_UPS = 3
 _SECONDS = 0.2

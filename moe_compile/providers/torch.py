@@ -54,6 +54,24 @@ def _sink_bias(mask: Tensor | None, sinks: Tensor, shape: tuple[int, ...]) -> Te
     return torch.cat((bias.expand(shape), sink), dim=-1)
 
 
+class _KeepLayout(torch.autograd.Function):
+    """x; its gradient is laid out in memory as x is.
+
+    cuDNN's backward of attention, in torch 2.11, reads a gradient of other strides than its
+    output's as if it had those, and returns wrong gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        inverse = [ctx.order.index(dim) for dim in range(len(ctx.order))]
+        return grads[0].permute(ctx.order).contiguous().permute(inverse)
+
+
 def _sdpa(
     query: Tensor,
     key: Tensor,
@@ -67,7 +85,7 @@ def _sdpa(
     if mask is not None:
         # No fused kernel on CUDA takes both grouped heads and a mask.
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -77,6 +95,7 @@ def _sdpa(
         scale=scale,
         enable_gqa=groups > 1 and mask is None,
     )
+    return _KeepLayout.apply(out) if out.is_cuda else out
 
 
 def attention(

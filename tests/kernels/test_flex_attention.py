@@ -310,4 +310,5 @@ def test_on_a_gpu(kind: str, sinks: bool) -> None:
         for g, o, w in zip(got, own, want, strict=True):
             error, own_error = ((t.double() - w).norm() for t in (g, o))
             eps = torch.finfo(torch.bfloat16).eps
-            assert error <= max(2 * own_error, eps * w.norm())
+            # One key alone has all the weight: the gradients of query and key are zero.
+            assert error <= max(2 * own_error, eps * w.norm(), 1e-6)

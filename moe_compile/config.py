@@ -121,9 +121,9 @@ def _check_providers(value: Any) -> None:
             f"OptimizeConfig.providers got {value!r}; it takes 'auto' or a dict from op to "
             "provider, such as {'rms_norm': 'torch'}; leave it out for 'auto'"
         )
-    from moe_compile.providers.registry import ON_REQUEST, PROVIDERS
+    from moe_compile.providers.registry import PROVIDERS
 
-    known = [provider.name for provider in (*PROVIDERS, *ON_REQUEST)]
+    known = [provider.name for provider in PROVIDERS]
     for op, provider in value.items():
         if op not in OPS:
             raise ValueError(

@@ -19,14 +19,11 @@ PROVIDERS: tuple[Provider, ...] = (
     DeepEPProvider(),
     AllToAllProvider(),
     FormulaProvider(),
+    FlexAttentionProvider(),
     LigerProvider(),
     TransformerEngineProvider(),
 )
 """Those that are chosen from; where none can be timed, the first that takes a call computes it."""
-
-ON_REQUEST: tuple[Provider, ...] = (FlexAttentionProvider(),)
-"""Those that must be asked for by name, as long as nobody has measured them in a whole model."""
-
 
 def takers(op: CanonicalOp[..., Any], call: Call) -> tuple[list[Provider], dict[str, str]]:
     """The providers that take the call, in order; and why others with something for it do not."""
@@ -54,10 +51,9 @@ def choose(
         ValueError: No provider is called `wanted`.
         Refuse: No provider asked takes the call.
     """
-    known = (*PROVIDERS, *ON_REQUEST)
-    asked = PROVIDERS if wanted is None else [p for p in known if p.name == wanted]
+    asked = [p for p in PROVIDERS if wanted in (None, p.name)]
     if not asked:
-        names = ", ".join(repr(p.name) for p in known)
+        names = ", ".join(repr(p.name) for p in PROVIDERS)
         raise ValueError(
             f"no provider is called {wanted!r}; choose one of {names}, or leave it out"
         )

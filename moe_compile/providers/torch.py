@@ -54,22 +54,21 @@ def _sink_bias(mask: Tensor | None, sinks: Tensor, shape: tuple[int, ...]) -> Te
     return torch.cat((bias.expand(shape), sink), dim=-1)
 
 
-class _KeepLayout(torch.autograd.Function):
-    """x; its gradient is laid out in memory as x is.
+class _BySequence(torch.autograd.Function):
+    """x[B, H, S, D]; its gradient is laid out as [B, S, H, D], in whatever layout it comes.
 
-    cuDNN's backward of attention, in torch 2.11, reads a gradient of other strides than its
-    output's as if it had those, and returns wrong gradients.
+    torch 2.11 keeps cuDNN's backward graphs by the strides of query, key and value, and forgets
+    those of the gradient: another layout of it, for the same shapes, gives wrong gradients. This is
+    the layout that it nearly always has, since what follows attention is a projection.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.order = sorted(range(x.dim()), key=x.stride, reverse=True)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        inverse = [ctx.order.index(dim) for dim in range(len(ctx.order))]
-        return grads[0].permute(ctx.order).contiguous().permute(inverse)
+        return grads[0].transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _sdpa(
@@ -95,7 +94,7 @@ def _sdpa(
         scale=scale,
         enable_gqa=groups > 1 and mask is None,
     )
-    return _KeepLayout.apply(out) if out.is_cuda else out
+    return _BySequence.apply(out) if out.is_cuda else out
 
 
 def attention(

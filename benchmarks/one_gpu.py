@@ -29,7 +29,7 @@ PEERS = ("hf", "hf_compile", "hf_liger", "automodel", "moe_compile")
 VOCABULARY = 151936
 
 
-def config_of(layers: int) -> Qwen3MoeConfig:
+def config_of(layers: int, experts: int = 128) -> Qwen3MoeConfig:
     """The truncated model's."""
     return Qwen3MoeConfig(
         vocab_size=VOCABULARY,
@@ -38,7 +38,7 @@ def config_of(layers: int) -> Qwen3MoeConfig:
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=4,
-        num_experts=128,
+        num_experts=experts,
         num_experts_per_tok=8,
         norm_topk_prob=True,
         use_cache=False,
@@ -46,10 +46,10 @@ def config_of(layers: int) -> Qwen3MoeConfig:
     )
 
 
-def build(peer: str, layers: int) -> PreTrainedModel:
+def build(peer: str, layers: int, experts: int = 128) -> PreTrainedModel:
     """The model as the peer trains it."""
     torch.manual_seed(0)
-    config = config_of(layers)
+    config = config_of(layers, experts)
     if peer == "automodel":
         return automodel(config)
     torch.set_default_dtype(torch.bfloat16)

@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 8192
-"""Columns of a row that are read at a time."""
+_COLUMNS = 32768
+"""Columns of a row that are read at a time, which are enough reads under way for the memory."""
 
 _WARPS = 32
-"""With this many warps a multiprocessor has one row under way, or two: see `_to_gradient`."""
 
 
 @triton.jit
@@ -21,47 +20,41 @@ def _to_gradient(
     scale,
     losses,
     ignore_index,
-    rows,
     width: tl.constexpr,
     size: tl.constexpr,
     log2e: tl.constexpr,
 ):
-    """The scaled loss of a row; its logits become its gradient; NaN for a label out of range.
-
-    A row is read twice, the second time from its end. A program for each multiprocessor goes
-    through the rows, so that those that are under way fit into the cache, and the second reading
-    finds its row there.
-    """
-    own_row = logits + tl.program_id(0).to(tl.int64) * width
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        label = tl.load(labels + row)
-        if label == ignore_index:
-            for start in range(0, width, size):
-                columns = start + tl.arange(0, size)
-                zeros = tl.zeros([size], logits.dtype.element_ty)
-                tl.store(own_row + columns, zeros, mask=columns < width)
-            tl.store(losses + row, 0.0)
-        else:
-            in_range = (label >= 0) & (label < width)
-            factor = tl.where(in_range, tl.load(scale), float("nan"))
-            own = tl.load(own_row + label, mask=in_range, other=0).to(tl.float32)
-            largest = -float("inf")
-            total = 0.0
-            for start in range(0, width, size):
-                columns = start + tl.arange(0, size)
-                values = tl.load(own_row + columns, mask=columns < width, other=-float("inf"))
-                values = values.to(tl.float32) * log2e
-                larger = tl.maximum(largest, tl.max(values, axis=0))
-                total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(values - larger), axis=0)
-                largest = larger
-            log_sum = largest + tl.log2(total)
-            tl.store(losses + row, (log_sum / log2e - own) * factor)
-            for start in range(0, width, size):
-                columns = (width - 1) // size * size - start + tl.arange(0, size)
-                values = tl.load(own_row + columns, mask=columns < width, other=0).to(tl.float32)
-                grad = tl.exp2(values * log2e - log_sum) - tl.where(columns == label, 1.0, 0.0)
-                tl.store(own_row + columns, grad * factor, mask=columns < width)
-        own_row += tl.num_programs(0).to(tl.int64) * width
+    """The scaled loss of a row; its logits become its gradient; NaN for a label out of range."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    label = tl.load(labels + row)
+    factor = tl.load(scale)
+    if label == ignore_index:
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            zeros = tl.zeros([size], logits.dtype.element_ty)
+            tl.store(logits + columns, zeros, mask=columns < width)
+        tl.store(losses + row, 0.0)
+    else:
+        in_range = (label >= 0) & (label < width)
+        factor = tl.where(in_range, factor, float("nan"))
+        own = tl.load(logits + label, mask=in_range, other=0).to(tl.float32)
+        largest = -float("inf")
+        total = 0.0
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            values = tl.load(logits + columns, mask=columns < width, other=-float("inf"))
+            values = values.to(tl.float32) * log2e
+            larger = tl.maximum(largest, tl.max(values, axis=0))
+            total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(values - larger), axis=0)
+            largest = larger
+        log_sum = largest + tl.log2(total)
+        tl.store(losses + row, (log_sum / log2e - own) * factor)
+        for start in range(0, width, size):
+            columns = start + tl.arange(0, size)
+            values = tl.load(logits + columns, mask=columns < width, other=0).to(tl.float32)
+            grad = tl.exp2(values * log2e - log_sum) - tl.where(columns == label, 1.0, 0.0)
+            tl.store(logits + columns, grad * factor, mask=columns < width)
 
 
 def to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
@@ -69,9 +62,8 @@ def to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int
     rows, width = logits.shape
     losses = scale.new_empty(rows)
     log2e = 1.4426950408889634
-    programs = min(rows, torch.cuda.get_device_properties(logits.device).multi_processor_count)
-    _to_gradient[(programs,)](
-        logits, labels, scale, losses, ignore_index, rows, width, _COLUMNS, log2e, num_warps=_WARPS
+    _to_gradient[(rows,)](
+        logits, labels, scale, losses, ignore_index, width, _COLUMNS, log2e, num_warps=_WARPS
     )
     return losses.sum()
 

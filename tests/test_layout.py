@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import CONFIG_MAPPING
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 LINKED = ["passes", "patterns"]
@@ -88,6 +89,34 @@ def test_files_are_short() -> None:
 def test_no_code_names_a_model_family() -> None:
     named = {str(path.relative_to(ROOT)): families_in(path.read_text()) for path in SOURCES}
     assert not {path: names for path, names in named.items() if names}
+
+
+ADAPTERS = [path for path in SOURCES if path.parent.name == "adapters"]
+
+
+def imported(source: str) -> set[str]:
+    """The packages that a file imports, at any depth of its code."""
+    nodes = [*ast.walk(ast.parse(source))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+def test_adapters_alone_know_transformers() -> None:
+    knowing = {path for path in SOURCES if "transformers" in imported(path.read_text())}
+    assert knowing
+    assert knowing <= set(ADAPTERS)
+
+
+def test_private_names_of_transformers_are_in_adapters_and_listed_there() -> None:
+    kinds = (PreTrainedModel, PreTrainedConfig)
+    own = {n for kind in kinds for n in dir(kind)} - {*dir(nn.Module), *dir(object)}
+    private = {n for n in own if n.startswith("_") and not n.startswith("__")}
+    used = {path: private & set(code_tokens(path.read_text())) for path in SOURCES}
+    assert not {path: names for path, names in used.items() if names and path not in ADAPTERS}
+    for path in ADAPTERS:
+        listed = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert not {name for name in used[path] if name not in listed}, path
 
 
 @pytest.mark.parametrize(

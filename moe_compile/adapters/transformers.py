@@ -3,6 +3,8 @@
 Public names used: `PreTrainedModel`, the `experts_implementation` and `use_cache` settings, the
 `gradient_checkpointing` flag. Private names used, each with what happens where it is missing:
 
+* `PreTrainedConfig._experts_implementation`: experts that can be traced; without it a shadow runs
+  those that the model does.
 * `utils.output_capturing._active_collector`: recording router logits inside compiled layers;
   without it Dynamo cannot trace the recording hooks, and `output_router_logits=True` needs
   `compile=False`.

@@ -53,6 +53,7 @@ class ModuleCall:
         optional: whether it was made after such an answer: other data may not lead to it.
         leaves: what its code, or that of a call in it, leaves on modules and objects.
         writes: whether its code changes a tensor that it is given.
+        sampled: whether the graph has few of the experts that its code runs.
     """
 
     path: str | None
@@ -69,6 +70,7 @@ class ModuleCall:
     optional: bool = False
     leaves: list[str] = field(default_factory=list[str])
     writes: bool = False
+    sampled: bool = False
 
 
 class CallLog:
@@ -134,6 +136,11 @@ class CallLog:
         """Notes that the code of the innermost open call got an answer that depends on data."""
         if self.open:
             self.calls[self.open[-1]].assumes = True
+
+    def sample(self) -> None:
+        """Notes that the code of the innermost open call was told of few of its experts."""
+        if self.open:
+            self.calls[self.open[-1]].sampled = True
 
     def leave(self, path: str, names: list[str]) -> None:
         """Notes what was left on the module at a path: its own code, or its caller's, left it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
@@ -27,6 +28,9 @@ from moe_compile.capture.symbolic_ints import symbolic_ints
 _SEVERAL = (3, 1 << 40)
 """How many rows an expert gets, where the code asks: what it does must be the same for both."""
 
+_SAMPLE = 2
+"""How many experts stand for all that are hit."""
+
 _NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
 _COUNTS = {torch.bincount, Tensor.bincount}
 _ASKS = {Tensor.__bool__, Tensor.item}
@@ -34,6 +38,10 @@ _ASKS = {Tensor.__bool__, Tensor.item}
 
 _TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
 _FALSE_IF_HIT = {"eq", "__eq__", "equal", "lt", "__lt__", "less", "le", "__le__", "logical_not"}
+
+
+class RandomExperts(Exception):
+    """Dropout of an expert's rows: no rewrite draws the same random numbers."""
 
 
 class Hit(int):
@@ -101,15 +109,22 @@ class Hits:
 
 @contextlib.contextmanager
 def traceable(
-    *modules: nn.Module, assumed: Callable[[], None] = lambda: None, sampled: bool = False
+    *modules: nn.Module,
+    assumed: Callable[[], None] = lambda: None,
+    left_out: Callable[[], None] = lambda: None,
+    sampled: bool = False,
+    drops: bool = True,
 ) -> Generator["EveryExpertHit"]:
     """In it, expert blocks of every kind, of these modules, run on fake tensors.
 
     Args:
         assumed: is called whenever their code got an answer that another routing may not give.
-        sampled: whether one expert will do for all that are hit: where no graph is kept.
+        left_out: is called whenever their code was told of few of its experts.
+        sampled: whether a few experts will do for all that are hit: where no graph is kept, or none
+            of them will be rewritten.
+        drops: whether experts may have dropout; where not, it ends in `RandomExperts`.
     """
-    answers = EveryExpertHit(assumed, sampled)
+    answers = EveryExpertHit(assumed, left_out, sampled, drops)
     with (
         free_conversions(),
         symbolic_ints(modules),
@@ -124,12 +139,19 @@ class EveryExpertHit(TorchFunctionMode):
     """Answers what code asks of a routing as if every expert had got some rows.
 
     Attributes:
-        left_out: whether code was told of one expert where every one is hit.
+        left_out: whether code was told of a few experts where every one is hit.
     """
 
-    def __init__(self, assumed: Callable[[], None], sampled: bool) -> None:
+    def __init__(
+        self,
+        assumed: Callable[[], None],
+        leave_out: Callable[[], None],
+        sampled: bool,
+        drops: bool,
+    ) -> None:
         super().__init__()
-        self.assumed, self.sampled = assumed, sampled
+        self.assumed, self.leave_out = assumed, leave_out
+        self.sampled, self.drops = sampled, drops
         self.left_out = False
         self.answers: dict[int, tuple[Tensor, bool]] = {}
 
@@ -146,6 +168,8 @@ class EveryExpertHit(TorchFunctionMode):
             return self.answers[id(args[0])][1]
         if func in _COUNTS:
             return _counts(*args, **kwargs)
+        if func is F.dropout and not self.drops and _draws_for_expert(*args, **kwargs):
+            raise RandomExperts
         if func is Tensor.numpy:
             return _as_numbers(args[0])
         if func is Tensor.__getitem__:
@@ -157,8 +181,10 @@ class EveryExpertHit(TorchFunctionMode):
         return result
 
     def _hits(self, vector: Tensor, as_tuple: bool) -> Any:
-        self.left_out |= self.sampled
-        count = min(vector.shape[0], 1) if self.sampled else vector.shape[0]
+        if self.sampled:
+            self.left_out = True
+            self.leave_out()
+        count = min(vector.shape[0], _SAMPLE) if self.sampled else vector.shape[0]
         hits = Hits(count, Hit if as_tuple else HitRow)
         return (hits,) if as_tuple else hits
 
@@ -172,6 +198,11 @@ class EveryExpertHit(TorchFunctionMode):
             return
         if isinstance(result, Tensor) and result.dim() == 0:
             self.answers[id(result)] = (result, name in _TRUE_IF_HIT)
+
+
+def _draws_for_expert(input: Tensor, p: float = 0.5, training: bool = True, **_: Any) -> bool:
+    """Whether dropout is on, over as many rows as some expert got."""
+    return training and p > 0 and any(free_unbacked_symbols(size) for size in input.shape)
 
 
 def _item(getitem: Any, tensor: Tensor, index: Any) -> Any:

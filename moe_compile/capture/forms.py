@@ -45,20 +45,42 @@ def observe(
 ) -> None:
     """Notes in `seen` how a training call of a unit, under autocast, calls the modules at `paths`.
 
-    What was seen before the unit's own code fails stays.
+    What was seen before the unit's own code fails stays. Of experts in a loop over those that are
+    hit a few are run, where that calls all of the modules.
     """
+    paths = list(paths)
+    with contextlib.suppress(Exception):  # it may be for the experts that were left out
+        left_out = _observe(shadow, unit, call, dtype, paths, seen, sampled=True)
+        if not left_out or seen.keys() >= set(paths):
+            return
+    _observe(shadow, unit, call, dtype, paths, seen, sampled=False)
+
+
+def _observe(
+    shadow: Shadow,
+    unit: nn.Module,
+    call: Call,
+    dtype: torch.dtype | None,
+    paths: list[str],
+    seen: dict[str, Call],
+    *,
+    sampled: bool,
+) -> bool:
+    """The same, of a few experts or of all; whether some were left out."""
     unit.train()
     ambient = autocast(Mode(True, dtype), shadow.device)
     with contextlib.ExitStack() as stack:
         for path in paths:
             stack.callback(_watch(unit.get_submodule(path), path, seen).remove)
         stack.enter_context(Unchanged(unit))
-        contexts = (shadow.mode, enable_python_dispatcher(), traceable(unit))
-        for context in (*contexts, shadow.unfixed_sizes(), torch.no_grad()):
+        contexts = (shadow.mode, enable_python_dispatcher(), shadow.unfixed_sizes())
+        for context in (*contexts, torch.no_grad()):
             stack.enter_context(context)
+        answers = stack.enter_context(traceable(unit, sampled=sampled))
         stack.enter_context(ambient)
         own = call.fresh()
         unit(*own.args, **own.kwargs)
+    return answers.left_out
 
 
 def children_calls(shadow: Shadow, unit: nn.Module, call: Call) -> dict[str, Call]:

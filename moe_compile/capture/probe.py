@@ -125,10 +125,18 @@ def _probe(shadow: Shadow, inputs: str, call: Call, *, sampled: bool = True) -> 
                 shadow.model(*call.args, **call.kwargs)
             except Exception as error:  # any failure of foreign code is a reason in the report
                 problem = describe(error)
-    reached = problem is None and recorder.calls.keys() == units(shadow.model).keys()
-    if answers.left_out and not reached:  # it may be for the experts that were left out
+    missed = units(shadow.model).keys() - recorder.calls.keys()
+    beside = {_list_of(name) for name in recorder.calls} & {_list_of(name) for name in missed}
+    if answers.left_out and (problem is not None or beside - {None}):
+        # It may be for the experts that were left out.
         return _probe(shadow, inputs, call, sampled=False)
     return Probe(recorder.calls, inputs, problem)
+
+
+def _list_of(name: str) -> str | None:
+    """The name of the list that a unit is in, or None."""
+    holder, _, last = name.rpartition(".")
+    return holder if last.isdigit() else None
 
 
 def _model_calls(shadow: Shadow, example_inputs: Any) -> Iterator[tuple[str, Call]]:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import Attribute, CallLog, ModuleCall, enter, exit
-from moe_compile.capture.every_expert import traceable
+from moe_compile.capture.every_expert import RandomExperts, traceable
 from moe_compile.capture.probe import Call
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import recorded_lines
@@ -97,12 +97,14 @@ def trace(
         TouchedAttribute: the code looked at a hidden attribute.
     """
     stores, call = call.stores(), call.without_stores()
+    sampled = False
     while True:
         try:
             with Unchanged(unit) as before:
                 for path, name in hidden:
                     vars(unit.get_submodule(path))[name] = UntouchedAttribute(path, name)
-                capture = _trace(shadow, unit, _without_values(unit, call, matters), mode, before)
+                own = _without_values(unit, call, matters)
+                capture = _trace(shadow, unit, own, mode, before, sampled=sampled)
             for node in capture.graph.nodes:
                 if node.target is exit:
                     node.meta["observed"] = observed and node.args[0] == 0
@@ -111,6 +113,8 @@ def trace(
             if any(type(store).__name__ == touched.name for store in stores):
                 raise HoldsTensors(f"it keeps tensors in a {touched.name}") from touched
             matters.add(touched.name)
+        except RandomExperts:  # nothing will match them: a few say where they draw
+            sampled = True
 
 
 def _without_values(unit: nn.Module, call: Call, matters: set[str]) -> Call:
@@ -130,7 +134,9 @@ def _takes_any_keyword(unit: nn.Module) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode, before: Unchanged) -> Capture:
+def _trace(
+    shadow: Shadow, unit: nn.Module, call: Call, mode: Mode, before: Unchanged, *, sampled: bool
+) -> Capture:
     names, tensors = _state(unit)
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -141,7 +147,8 @@ def _trace(shadow: Shadow, unit: nn.Module, call: Call, mode: Mode, before: Unch
         for i, tensor in zip(where, inputs, strict=True):
             filled[i] = tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        able = traceable(unit, assumed=log.assume)
+        few = {"sampled": sampled, "drops": sampled}
+        able = traceable(unit, assumed=log.assume, left_out=log.sample, **few)
         with log.recording(), able, autocast(mode, shadow.device), recorded_lines():
             values = dict(zip(names, state, strict=True))
             result = torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)

@@ -133,10 +133,13 @@ class _Cutter:
                 raise Refuse(f"{label} is a custom autograd function: its backward would be lost")
 
     def _check_leaves(self) -> None:
-        """Refuses code that leaves something behind: a graph would not."""
+        """Refuses code that leaves something behind, or of which the graph has a part."""
         if self.call.writes:
             raise Refuse("its code changes its argument in place", remedy="change a copy of it")
         for i, call in enumerate(self.unit.calls):
+            if self._is_inlined(i) and call.sampled:
+                reason = "its experts have dropout, which draws random numbers"
+                raise Refuse(reason, remedy="set the experts' dropout to 0")
             if self._is_inlined(i) and call.leaves:
                 reason = f"its code leaves {call.leaves[0]} behind for other code to read"
                 raise Refuse(reason, remedy="return it, or give the experts a module of their own")

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.rewrite.expert_bodies import Bodies, Stack, Stacks
 from moe_compile.rewrite.matcher import NearMiss, check_escapes
+from moe_compile.rewrite.normal_form import is_random, value
 from moe_compile.rewrite.pattern import Match, Pattern
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.region import check_row_wise
@@ -36,7 +38,8 @@ class ProvenExperts(Pattern):
         for block in self.bodies(graph):
             try:
                 match = self._proven(graph, block)
-            except Refuse as refusal:
+            except Refuse as found:
+                refusal = _drawn(graph) or found
                 miss.offer(1, 2, refusal.node or "", refusal.reason, remedy=refusal.remedy)
                 continue
             yield match
@@ -73,6 +76,16 @@ class ProvenExperts(Pattern):
         }
         nodes = _not_needed_elsewhere(routing, block)
         return Match(self, bindings, choice, routing.root, nodes)
+
+
+def _drawn(graph: fx.Graph) -> Refuse | None:
+    """Random numbers for as many rows as some expert got; they are why nothing else fits."""
+    drawn = (n for n in graph.nodes if is_random(n) and free_unbacked_symbols(value(n)))
+    node = next(drawn, None)
+    if node is None:
+        return None
+    reason = f"{node.target} of an expert's rows draws random numbers"
+    return Refuse(reason, node, remedy="set the experts' dropout to 0")
 
 
 def _stored(vectors: Stack | fx.Node | None) -> Stacks | fx.Node | None:

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.limits import check_no_limit
-from moe_compile.rewrite.normal_form import aten, value
+from moe_compile.rewrite.normal_form import aten, is_random, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.routing_proof import (
     Cut,
@@ -174,6 +174,7 @@ class _Slice:
 
     def search(self) -> Routing | Refuse:
         """The first cut, weight and place of the weight that are proven."""
+        self._check_not_random()
         failure = self._stranger()
         for cut in self._cuts():
             attempt = self._attempt(cut)
@@ -181,6 +182,13 @@ class _Slice:
                 return attempt
             failure = attempt
         return failure
+
+    def _check_not_random(self) -> None:
+        """What is drawn at random on the way to the result has no equal, so nothing is tried."""
+        node = next((n for n in self.nodes if n in self.computed and is_random(n)), None)
+        if node is not None:
+            reason = f"{node.target} on the way to the result draws random numbers"
+            raise Refuse(reason, node, remedy="set the experts' dropout to 0")
 
     def _cuts(self) -> Iterator[Cut]:
         """Every cut, those below the nearest ids or masks first."""

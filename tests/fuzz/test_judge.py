@@ -1,14 +1,15 @@
 """The judge finds what is planted."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 import moe_compile
+from moe_compile.fuzz.draw import select
 from moe_compile.fuzz.judge import FAILURES, Verdict, difference, judge, judge_seed
-from moe_compile.fuzz.spec import BlockSpec
+from moe_compile.fuzz.spec import BlockSpec, LookAlike
 from moe_compile.ops.experts import experts
 from moe_compile.patterns import GroupedExperts
 from moe_compile.report import Report
@@ -92,6 +93,12 @@ def test_differences() -> None:
     assert "nan" in str(difference(ones, {**ones, "a": torch.full((4,), torch.nan)}))
     assert "shape (3,)" in str(difference(ones, {**ones, "a": torch.ones(3)}))
     assert "instead of" in str(difference(ones, {"a": torch.ones(4)}))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", [kind for kind in get_args(LookAlike) if kind != "none"])
+def test_every_look_alike_is_refused_or_right(kind: str) -> None:
+    check([judge_seed(seed) for seed in select(0, 2, {"look_alike": kind})])
 
 
 def check(verdicts: list[Verdict]) -> None:

@@ -146,6 +146,22 @@ FULL_SIZE: dict[str, Fields] = {
     "glm4v_moe": {"text_config": {"head_dim": 128}},  # as its sections of rotary want
     "qwen3_omni_moe_thinker": {"text_config": {"head_dim": 128}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
-    "qwen4_exp": {"text_config": {"indexer_head_dim": 256}},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 16,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 2048,
+            "indexer_compress_ratio": 16,
+        }
+    },
+    "step3p7": {
+        "text_config": {
+            "rope_parameters": None,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3] * 11 + ["full_attention"],
+            "mlp_layer_types": [*["dense"] * 3, *["sparse"] * 42],
+            "sliding_window": 512,
+        }
+    },
 }
 """Of a model of the default configuration, where neither that nor the tiny one will do."""

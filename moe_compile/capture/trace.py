@@ -147,8 +147,10 @@ def _trace(
         for i, tensor in zip(where, inputs, strict=True):
             filled[i] = tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        few = {"sampled": sampled, "drops": sampled}
-        able = traceable(unit, assumed=log.assume, left_out=log.sample, **few)
+        # Where experts have dropout a few of them do: see `trace`.
+        able = traceable(
+            unit, assumed=log.assume, left_out=log.sample, sampled=sampled, drops=sampled
+        )
         with log.recording(), able, autocast(mode, shadow.device), recorded_lines():
             values = dict(zip(names, state, strict=True))
             result = torch.func.functional_call(unit, values, args, kwargs, tie_weights=False)

@@ -261,9 +261,10 @@ def test_attention_with_two_layouts_of_its_gradient(compiled: bool) -> None:
         shapes = (2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 64)
         leaves = [torch.randn(s).bfloat16().transpose(1, 2).requires_grad_() for s in shapes]
         grad = torch.randn(2, 256, 4, 64).bfloat16().transpose(1, 2)
-    arguments = {"scale": 0.125, "causal": True}
+    arguments: dict[str, Any] = {"scale": 0.125, "causal": True}
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    wanted = attention(*exact, None, None, **arguments)
+    query, key, value = exact
+    wanted = attention(query, key, value, None, None, **arguments)
     wanted = torch.autograd.grad(wanted, exact, grad.double())
     for layout in (grad, grad.contiguous()):
         got = torch.autograd.grad(fn(*leaves, None, None, **arguments), leaves, layout)

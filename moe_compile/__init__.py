@@ -1,6 +1,7 @@
 """Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
 
 from moe_compile.checkpoint.load import load_pretrained
+from moe_compile.checkpoint.state import load_state, save_state
 from moe_compile.config import OptimizeConfig
 from moe_compile.optimize import explain, optimize, report
 from moe_compile.parallel.clip import clip_grad_norm_
@@ -22,6 +23,8 @@ __all__ = [
     "clip_grad_norm_",
     "explain",
     "load_pretrained",
+    "load_state",
     "optimize",
     "report",
+    "save_state",
 ]

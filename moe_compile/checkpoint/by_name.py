@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,9 +30,10 @@ def run_state(
 ) -> State:
     """What is saved of a run."""
     unused = [each for each in optimizers if not any(each.state.values())]
-    parameters, kept = get_state_dict(model, optimizers)
+    parameters, kept = _in_use(model, optimizers)
     for each in unused:  # torch has made them a step, to find out what they will keep
-        _forget(kept, get_optimizer_state_dict(model, each)["state"])
+        own: State = dict(get_optimizer_state_dict(model, each))
+        _forget(kept, own["state"])
         each.state.clear()
     state: State = {"model": parameters, "optimizer": kept}
     state["rng"] = {str(rank): rng_state(device_of(model))}
@@ -56,7 +57,7 @@ def state_to_fill(
     for each in optimizers:
         each.zero_grad()
         each.state.clear()
-    parameters, kept = get_state_dict(model, optimizers)
+    parameters, kept = _in_use(model, optimizers)
     state: State = {"model": parameters, "optimizer": kept, "rng": {str(rank): ()}}
     if scheduler is not None:
         state["scheduler"] = ()
@@ -86,6 +87,12 @@ def fill(
         scheduler.load_state_dict(*state["scheduler"])
     for generators in filter(None, state["rng"].values()):
         set_rng_state(generators, device_of(model))
+
+
+def _in_use(model: nn.Module, optimizers: list[Optimizer]) -> tuple[State, State]:
+    """What there is of parameters, and what optimizers keep of them."""
+    found: tuple[Any, Any] = get_state_dict(model, optimizers)
+    return found
 
 
 def _forget(kept: State, names: Iterable[str]) -> None:

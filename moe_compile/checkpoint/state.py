@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
@@ -74,11 +76,11 @@ def save_state(
     options: dict[str, Any] = {"storage_writer": _Writer(place), "process_group": group}
     done: Future[Any]
     if asynchronous:
-        done = _as_future(dcp.async_save(state, no_dist=group is None, **options))
+        done = _as_future(async_save(state, no_dist=group is None, **options))
         _in_flight.append(done)
         return done
     done = Future()
-    done.set_result(dcp.save(state, no_dist=group is None, **options))
+    done.set_result(save(state, no_dist=group is None, **options))
     return done
 
 
@@ -119,21 +121,22 @@ def load_state(
             f"load_state got step={step}, and {folder} has the steps {found}; it takes one of "
             "them, or None for the latest"
         )
-    run: Any = model, _several(optimizer), scheduler
+    optimizers = _several(optimizer)
     reader = FileSystemReader(place.complete)
 
     def prepare() -> State:
-        return state_to_fill(*run, _rank(), reader.read_metadata())
+        saved = reader.read_metadata()
+        return state_to_fill(model, optimizers, scheduler, _rank(), saved)
 
     state = on_every_rank("load_state", prepare, _ranks(), group)
-    dcp.load(
+    load(
         state,
         storage_reader=reader,
         planner=DefaultLoadPlanner(allow_partial_load=True),  # what may be missing was checked
         process_group=group,
         no_dist=group is None,
     )
-    fill(*run, state)
+    fill(model, optimizers, scheduler, state)
     return place.step
 
 
@@ -169,7 +172,8 @@ def _together(what: str) -> dist.ProcessGroup | None:
     world: Any = dist.group.WORLD
     name: str = world.group_name
     if name not in _groups:
-        _groups[name] = dist.new_group(backend="gloo")
+        group: Any = dist.new_group(backend="gloo")
+        _groups[name] = group
     return _groups[name]
 
 

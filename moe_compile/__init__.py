@@ -1,5 +1,6 @@
 """Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
 
+from moe_compile.adapters.trainer import TrainerMixin
 from moe_compile.checkpoint.load import load_pretrained
 from moe_compile.checkpoint.state import load_state, save_state
 from moe_compile.config import OptimizeConfig
@@ -20,6 +21,7 @@ __all__ = [
     "Pipeline",
     "Refuse",
     "Report",
+    "TrainerMixin",
     "clip_grad_norm_",
     "explain",
     "load_pretrained",

@@ -26,11 +26,16 @@ State = dict[str, Any]
 
 
 def run_state(
-    model: nn.Module, optimizers: list[Optimizer], scheduler: Stateful | None, rank: int
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    scheduler: Stateful | None,
+    rank: int,
+    *,
+    frozen: bool,
 ) -> State:
-    """What is saved of a run."""
+    """What is saved of a run, with or without the parameters that are not trained."""
     unused = [each for each in optimizers if not any(each.state.values())]
-    parameters, kept = _in_use(model, optimizers)
+    parameters, kept = _in_use(model, optimizers, frozen=frozen)
     for each in unused:  # torch has made them a step, to find out what they will keep
         own: State = dict(get_optimizer_state_dict(model, each))
         _forget(kept, own["state"])
@@ -58,6 +63,10 @@ def state_to_fill(
         each.zero_grad()
         each.state.clear()
     parameters, kept = _in_use(model, optimizers)
+    trained, _ = _in_use(model, [], frozen=False)
+    for name in parameters.keys() - trained.keys():
+        if f"model.{name}" not in saved.state_dict_metadata:
+            del parameters[name]
     state: State = {"model": parameters, "optimizer": kept, "rng": {str(rank): ()}}
     if scheduler is not None:
         state["scheduler"] = ()
@@ -89,9 +98,12 @@ def fill(
         set_rng_state(generators, device_of(model))
 
 
-def _in_use(model: nn.Module, optimizers: list[Optimizer]) -> tuple[State, State]:
+def _in_use(
+    model: nn.Module, optimizers: list[Optimizer], *, frozen: bool = True
+) -> tuple[State, State]:
     """What there is of parameters, and what optimizers keep of them."""
-    found: tuple[Any, Any] = get_state_dict(model, optimizers)
+    options = StateDictOptions(ignore_frozen_params=not frozen)
+    found: tuple[Any, Any] = get_state_dict(model, optimizers, options=options)
     return found
 
 

@@ -35,6 +35,7 @@ def save_state(
     *,
     step: int,
     scheduler: Stateful | None = None,
+    frozen: bool = True,
     asynchronous: bool = False,
 ) -> Future[Any]:
     """Saves all that a run needs to go on, in `folder/step-N`; every rank of the job calls it.
@@ -49,6 +50,8 @@ def save_state(
         step: how many steps were made; one that was saved already is replaced.
         scheduler: of learning rates, or anything else with a `state_dict` that is the same on all
             ranks.
+        frozen: whether to save parameters that are not trained; without them, the model that a
+            state is loaded into has to have them already, as that under new adapters has.
         asynchronous: whether to write in the background, once the state has been copied to the
             CPU. The next save or load waits until it is written, and raises its error.
 
@@ -70,7 +73,7 @@ def save_state(
     def prepare() -> State:
         if _rank() == 0:
             clear_leftovers(place.root)
-        return run_state(model, _several(optimizer), scheduler, _rank())
+        return run_state(model, _several(optimizer), scheduler, _rank(), frozen=frozen)
 
     state = on_every_rank("save_state", prepare, _ranks(), group)
     options: dict[str, Any] = {"storage_writer": _Writer(place), "process_group": group}

@@ -92,8 +92,8 @@ def meet(what: str, group: dist.ProcessGroup | None) -> None:
         raise RuntimeError(
             f"{what} got a call from rank {own}, and in {PATIENCE.seconds} seconds none "
             f"from rank {', '.join(absent)}; it takes one from every rank, since each has a part "
-            'of the model; call it on all of them; give Trainer save_strategy="no", as it saves on '
-            "rank 0 alone"
+            "of the model; call it on all of them; give a Trainer moe_compile.TrainerMixin, as it "
+            "saves on rank 0 alone"
         ) from None
     _meetings[place] = _meetings.get(place, 0) + 1
 

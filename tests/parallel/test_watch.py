@@ -1,20 +1,13 @@
 """A job ends soon after one of its ranks, and says which it was and where."""
 
-import copy
 import os
-import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from moe_compile.parallel import watch
-from tests.families import build
-from tests.pairs import inputs, step
 from tests.parallel.failing_job import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +44,7 @@ def run_job(way: str, place: str, folder: Path) -> None:
 )
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.matrix)])
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_job_ends_with_one_of_its_ranks(
-    tmp_path: Path, way: str, place: str, times: int
-) -> None:
+def test_a_job_ends_with_one_of_its_ranks(tmp_path: Path, way: str, place: str, times: int) -> None:
     for number in range(times):
         other = "backward" if place == "forward" else "forward"
         run_job(way, place if number % 2 == 0 else other, tmp_path / str(number))

@@ -46,7 +46,7 @@ class TrainerMixin(_Trainer):
             self._own_model(),
             self._own_optimizer(),
             step=self.state.global_step,
-            scheduler=self.lr_scheduler,
+            scheduler=self._own_scheduler(),
             frozen=not _has_adapters(self._own_model()),
         )
 
@@ -62,7 +62,7 @@ class TrainerMixin(_Trainer):
         if checkpoint is None or not folder.is_dir():
             return
         own: Any = self._own_model(), self._own_optimizer()
-        if not load_state(folder, *own, scheduler=self.lr_scheduler):
+        if not load_state(folder, *own, scheduler=self._own_scheduler()):
             raise ValueError(
                 f"Trainer got {checkpoint} to resume from, which was not finished; it takes a "
                 "whole checkpoint; remove it, and resume from the one before"
@@ -76,6 +76,9 @@ class TrainerMixin(_Trainer):
     def _own_model(self) -> nn.Module:
         model: Any = self.model
         return model
+
+    def _own_scheduler(self) -> Any:
+        return self.lr_scheduler
 
     def _own_optimizer(self) -> Any:
         """Without accelerate's wrapper."""

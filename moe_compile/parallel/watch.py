@@ -67,7 +67,7 @@ class _Note:
 
     def fail(self, error: BaseException) -> str:
         """Notes an error, and returns what is to be said of it."""
-        reason = " ".join(repr(error).split())[:500]
+        reason = " ".join(repr(error).split())[:400]
         text = f"rank {self._rank} failed in {self.place}: {reason}"
         # Torch's `record` may have written more than we know.
         if self._file is not None and os.fstat(self._file).st_size in (0, _BYTES):
@@ -88,7 +88,8 @@ class _Note:
 @cache
 def _note_of_this_process() -> _Note:
     """Made when it is first needed; from then on an error that nobody catches is told of."""
-    note = _Note(dist.get_rank(), os.environ.get("TORCHELASTIC_ERROR_FILE"))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    note = _Note(rank, os.environ.get("TORCHELASTIC_ERROR_FILE"))
     sys.excepthook = partial(_tell, sys.excepthook, note)
     return note
 
@@ -96,9 +97,9 @@ def _note_of_this_process() -> _Note:
 @cache
 def _beginning(text: str) -> bytes:
     """All but the time, in a length that is always the same, in the form that torchrun reads."""
-    start = f'{{"message": {{"message": {json.dumps(text)},'
-    end = '"extraInfo": {"timestamp": "'
-    return (start.ljust(_BYTES - len(end) - len('0123456789"}}}')) + end).encode()
+    start = f'{{"message": {{"message": {json.dumps(text, ensure_ascii=False)},'.encode()
+    end = b'"extraInfo": {"timestamp": "'
+    return start.ljust(_BYTES - len(end) - len('0123456789"}}}')) + end
 
 
 def _said(path: Path) -> str | None:

@@ -1,9 +1,7 @@
 """Two ranks are killed while they save: what was saved before loads, or what they were saving."""
 
 import multiprocessing
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +104,7 @@ def wait_for(path: Path, processes: list[Any]) -> float:
 def kill(processes: list[multiprocessing.Process], chance: random.Random) -> None:
     """Together, as a machine dies, or one after the other."""
     for process in chance.sample(processes, 2):
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         time.sleep(chance.choice((0, 0.02)))
 
 

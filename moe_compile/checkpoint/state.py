@@ -111,7 +111,8 @@ def load_state(
         The number of steps that were made; 0 where nothing was saved yet.
 
     Raises:
-        ValueError: for a step that is not there, and for a state of another model or optimizer.
+        ValueError: for a step that is not there, for a state of another model or optimizer, and for
+            a model on the meta device.
         RuntimeError: after two minutes, where not every rank calls it.
     """
     group = _together("load_state")
@@ -123,6 +124,11 @@ def load_state(
         raise ValueError(
             f"load_state got step={step}, and {folder} has the steps {found}; it takes one of "
             "them, or None for the latest"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "load_state got a model on the meta device; it takes one with memory; call "
+            "load_pretrained before, and make the optimizer afterwards"
         )
     optimizers = _several(optimizer)
     reader = FileSystemReader(place.complete)

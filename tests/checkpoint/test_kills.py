@@ -127,7 +127,7 @@ def test_killed_saves(
             note.unlink()
         with start_ranks(2, save, how, folder, number) as (processes, _):
             wait_for(tmp_path / "begun-0", processes)
-            time.sleep(chance.uniform(0, seconds))
+            time.sleep(chance.uniform(0, 1.5 * seconds))
             kill(processes, chance)
         (value,) = saved(folder)
         assert value in (found[-1], number)

@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 import moe_compile
 from moe_compile.checkpoint.steps import StepFolder, complete_steps
 from tests.checkpoint.runs import Run, differences, draws
+from tests.families import build
+from tests.pairs import inputs
 from tests.ranks import on_ranks
 
 
@@ -130,3 +132,39 @@ def at_the_edges(folder: Path) -> None:
 
 def test_the_first_step_and_errors(tmp_path: Path) -> None:
     on_ranks(2, at_the_edges, tmp_path)
+
+
+def with_several_optimizers(seed: int) -> tuple[Any, list[torch.optim.Optimizer]]:
+    """One parameter is frozen, one has never a gradient."""
+    model = build("mixtral", num_hidden_layers=1, seed=seed)
+    model.register_parameter("unused", torch.nn.Parameter(torch.full((3,), float(seed))))
+    model.lm_head.weight.requires_grad_(False)
+    parameters = list(model.parameters())
+    sgd = torch.optim.SGD(parameters[::2], lr=0.01, momentum=0.9)
+    return model, [sgd, torch.optim.AdamW(parameters[1::2])]
+
+
+def test_several_optimizers_and_parameters_without_gradients(tmp_path: Path) -> None:
+    model, optimizers = with_several_optimizers(0)
+    model(**inputs()).loss.backward()
+    for each in optimizers:
+        each.step()
+    moe_compile.save_state(tmp_path / "all", model, optimizers, step=1)
+    moe_compile.save_state(tmp_path / "trained", model, optimizers, step=1, frozen=False)
+    for folder, loads_all in (("all", True), ("trained", False)):
+        other, others = with_several_optimizers(1)
+        assert moe_compile.load_state(tmp_path / folder, other, others) == 1
+        for name, parameter in model.named_parameters():
+            loaded = loads_all or parameter.requires_grad
+            assert torch.equal(parameter, other.get_parameter(name)) == loaded, name
+        for each, copied in zip(optimizers, others, strict=True):
+            kept, found = each.state_dict()["state"], copied.state_dict()["state"]
+            assert {n: s for n, s in found.items() if s}.keys() == kept.keys()
+            assert [n for n in kept if differences(kept[n], found[n])] == []
+
+
+def test_a_model_without_memory(tmp_path: Path) -> None:
+    model, optimizers = with_several_optimizers(0)
+    moe_compile.save_state(tmp_path, model, optimizers, step=1)
+    with pytest.raises(ValueError, match=r"on the meta device; it takes one with memory; call"):
+        moe_compile.load_state(tmp_path, model.to("meta"), optimizers)

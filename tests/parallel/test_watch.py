@@ -39,6 +39,7 @@ def run_job(way: str, place: str, folder: Path) -> None:
         text=True,
         timeout=300,
     )
+    assert (folder / "time").exists(), ended.stderr
     seconds = time.time() - float((folder / "time").read_text())
     print(f"{way} in the {place}: {seconds:.1f} s, slowness {slowness():.1f}", flush=True)
     assert ended.returncode != 0

@@ -1,6 +1,8 @@
 """Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
 
+from moe_compile.adapters.trainer import TrainerMixin
 from moe_compile.checkpoint.load import load_pretrained
+from moe_compile.checkpoint.state import load_state, save_state
 from moe_compile.config import OptimizeConfig
 from moe_compile.optimize import explain, optimize, report
 from moe_compile.parallel.clip import clip_grad_norm_
@@ -19,9 +21,12 @@ __all__ = [
     "Pipeline",
     "Refuse",
     "Report",
+    "TrainerMixin",
     "clip_grad_norm_",
     "explain",
     "load_pretrained",
+    "load_state",
     "optimize",
     "report",
+    "save_state",
 ]

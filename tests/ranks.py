@@ -1,10 +1,11 @@
 """Runs a function on several ranks: processes of this machine, joined by gloo."""
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     The function is a module's own; what it returns is pickled.
     """
+    with start_ranks(ranks, function, *args) as (processes, queue):
+        answers = dict(queue.get(timeout=_TIMEOUT) for _ in processes)
+    failures = [f"rank {r}:\n{text}" for r, (fine, text) in sorted(answers.items()) if not fine]
+    assert not failures, "\n".join(failures)
+    return [answers[rank][1] for rank in range(ranks)]
+
+
+@contextlib.contextmanager
+def start_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any
+) -> Generator[tuple[list[Any], Any]]:
+    """The processes, and where each puts its rank, whether it went well, and what it returned."""
     with tempfile.TemporaryDirectory() as folder:
         queue: Any = _CONTEXT.Queue()
         processes = [
@@ -33,14 +46,11 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         try:
-            answers = dict(queue.get(timeout=_TIMEOUT) for _ in processes)
+            yield processes, queue
         finally:
             for process in processes:
                 process.join(10)
                 process.kill()
-    failures = [f"rank {r}:\n{text}" for r, (fine, text) in sorted(answers.items()) if not fine]
-    assert not failures, "\n".join(failures)
-    return [answers[rank][1] for rank in range(ranks)]
 
 
 def _work(

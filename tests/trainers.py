@@ -1,6 +1,7 @@
 """The losses of three steps in a Trainer of Hugging Face's."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,23 @@ def trainer_losses(model: Any, *, rows: int = 6) -> list[float]:
         return losses_of(Trainer(model, arguments, train_dataset=examples))  # type: ignore[arg-type]
 
 
-def trainer_logs(model: Any, folder: Path | None = None, **options: Any) -> list[dict[str, float]]:
+SGD: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 1e6,
+    "train_sampling_strategy": "sequential",
+}
+"""With AdamW a step would be the same for gradients that are all too large."""
+
+
+def trainer_logs(
+    model: Any,
+    folder: Path | None = None,
+    *,
+    kind: Callable[..., Trainer] = Trainer,
+    resume: Path | None = None,
+    **options: Any,
+) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, on rows that have different numbers of labels."""
     rows = token_ids(12, 10)
     examples = [
@@ -39,8 +56,12 @@ def trainer_logs(model: Any, folder: Path | None = None, **options: Any) -> list
     ]
     with tempfile.TemporaryDirectory() as own:
         arguments = TrainingArguments(str(folder or own), **ARGUMENTS | options)
-        trainer = Trainer(model, arguments, train_dataset=examples)  # type: ignore[arg-type]
-        trainer.train()
+        return logs_of(kind(model, arguments, train_dataset=examples), resume)
+
+
+def logs_of(trainer: Any, resume: Path | None) -> list[dict[str, float]]:
+    """Trains, and returns loss and gradient norm of each step, those before a resumption too."""
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     kept = ("loss", "grad_norm")
     return [{n: entry[n] for n in kept} for entry in trainer.state.log_history if "loss" in entry]
 

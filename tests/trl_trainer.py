@@ -1,6 +1,8 @@
 """The losses of three steps in TRL's SFTTrainer."""
 
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -10,20 +12,31 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tests.pairs import token_ids
-from tests.trainers import ARGUMENTS, losses_of
+from tests.trainers import ARGUMENTS, logs_of
 
 
 def trl_losses(model: Any) -> list[float]:
+    """The losses alone."""
+    return [entry["loss"] for entry in trl_logs(model)]
+
+
+def trl_logs(
+    model: Any,
+    folder: Path | None = None,
+    *,
+    kind: Callable[..., SFTTrainer] = SFTTrainer,
+    resume: Path | None = None,
+    **options: Any,
+) -> list[dict[str, float]]:
     """With TRL's SFTTrainer, on text, which it tokenizes itself."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(128)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0"
     )
-    texts = [" ".join(map(str, row.tolist())) for row in token_ids(6, 10)]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(folder, bf16=False, **ARGUMENTS)
-        data: Any = Dataset.from_dict({"text": texts})
-        return losses_of(
-            SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
-        )
+    rows = token_ids(12 if options else 6, 10)
+    data: Any = Dataset.from_dict({"text": [" ".join(map(str, row.tolist())) for row in rows]})
+    with tempfile.TemporaryDirectory() as own:
+        arguments = SFTConfig(str(folder or own), bf16=False, **ARGUMENTS | options)
+        trainer = kind(model, arguments, train_dataset=data, processing_class=tokenizer)
+        return logs_of(trainer, resume)

@@ -2,13 +2,14 @@
 
 Every rank plans the same from shapes alone. Files are written in rounds, one file a rank: in a
 round each parameter that feeds it is gathered once, on all ranks, and each rank keeps what its own
-file needs.
+file needs. What was saved before is there until all of it is written.
 """
 
 import functools
 import inspect
 import json
 import math
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ from torch.distributed.tensor import DTensor
 from moe_compile.adapters import checkpoints
 from moe_compile.adapters.checkpoints import Conversion
 from moe_compile.adapters.transformers import base_model, is_pretrained
+from moe_compile.checkpoint.publish import (
+    beside,
+    index_name,
+    make_beside,
+    publish,
+    sync_file,
+    weights_name,
+)
 from moe_compile.parallel.agree import meet, on_every_rank
 from moe_compile.parallel.layout import Layout
 
@@ -81,7 +90,7 @@ def _save(model: nn.Module, options: dict[str, Any], layout: Layout) -> None:
     sharded = any(isinstance(tensor, DTensor) for tensor in given.values())
     whole = state is None and adapters is None
     if whole or sharded:
-        meet("save_pretrained", layout)
+        meet("save_pretrained", layout.group)
     if whole:
         _save_model(model, options, layout)
         return
@@ -89,7 +98,18 @@ def _save(model: nn.Module, options: dict[str, Any], layout: Layout) -> None:
     if sharded:
         given = {name: _whole(given[name], layout.rank == 0) for name in adapters or given}
     if layout.rank == 0:
-        checkpoints.class_save(model, options | {"state_dict": given})
+        _save_alone(model, options | {"state_dict": given})
+
+
+def _save_alone(model: nn.Module, options: dict[str, Any]) -> None:
+    """What one rank saves, as the class does."""
+    folder = Path(options["save_directory"])
+    written = make_beside(folder)
+    card = folder / "README.md"
+    if card.exists():  # PEFT adds to it
+        shutil.copy(card, written)
+    checkpoints.class_save(model, options | {"save_directory": written})
+    publish(folder, options.get("variant"))
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -110,13 +130,13 @@ def _save_model(model: nn.Module, options: dict[str, Any], layout: Layout) -> No
     folder, variant = Path(options["save_directory"]), options.get("variant")
     plan = _plan(model, options, layout.ranks)
     first = layout.rank == 0
-    _on_all(layout, lambda: _write_configs(model, options, plan) if first else None)
+    _on_all(layout, lambda: _write_configs(model, options) if first else None)
     for start in range(0, len(plan.files), layout.ranks):
         names = plan.files[start : start + layout.ranks]
         tensors = _gather(model, plan, names, layout.rank)
-        _on_all(layout, functools.partial(_write_file, folder, names, layout.rank, tensors))
-    index = folder / _index_name(variant)
-    _on_all(layout, lambda: _write_index(index, plan.index) if first else None)
+        write = functools.partial(_write_file, beside(folder), names, layout.rank, tensors)
+        _on_all(layout, write)
+    _on_all(layout, lambda: _finish(folder, plan, variant) if first else None)
 
 
 def _plan(model: Any, options: dict[str, Any], ranks: int) -> _Plan:
@@ -131,7 +151,7 @@ def _plan(model: Any, options: dict[str, Any], ranks: int) -> _Plan:
     }
     split = split_torch_state_dict_into_shards(
         sizes,
-        filename_pattern=_weights_name(options.get("variant"), "{suffix}"),
+        filename_pattern=weights_name(options.get("variant"), "{suffix}"),
         max_shard_size=options.get("max_shard_size") or _file_size(sizes, ranks),
     )
     index = {
@@ -158,18 +178,6 @@ def _file_size(tensors: dict[str, Tensor], ranks: int) -> int:
     sizes = [tensor.nbytes for tensor in tensors.values()]
     even = math.ceil(sum(sizes) / ranks) + max(sizes)
     return min(max(even, _SMALL_FILE), _LARGE_FILE)
-
-
-def _weights_name(variant: str | None, suffix: str = "") -> str:
-    return f"model{_dotted(variant)}{suffix}.safetensors"
-
-
-def _index_name(variant: str | None) -> str:
-    return f"model.safetensors.index{_dotted(variant)}.json"
-
-
-def _dotted(variant: str | None) -> str:
-    return "" if variant is None else f".{variant}"
 
 
 @torch.no_grad()
@@ -200,13 +208,10 @@ def _whole(tensor: Tensor, keep: bool) -> Tensor:
     return tensor.detach().cpu() if keep else tensor.new_empty(0)
 
 
-def _write_configs(model: nn.Module, options: dict[str, Any], plan: _Plan) -> None:
-    """Everything but the tensors; what another save left behind is removed."""
-    checkpoints.class_save(model, options | {"state_dict": {}})
-    variant = options.get("variant")
-    # A single file is read before an index is.
-    stale = _index_name(variant) if plan.index is None else _weights_name(variant)
-    Path(options["save_directory"], stale).unlink(missing_ok=True)
+def _write_configs(model: nn.Module, options: dict[str, Any]) -> None:
+    """Everything but the tensors."""
+    written = make_beside(Path(options["save_directory"]))
+    checkpoints.class_save(model, options | {"state_dict": {}, "save_directory": written})
 
 
 def _write_file(
@@ -215,11 +220,14 @@ def _write_file(
     if rank < len(files):
         name, keys = files[rank]
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        sync_file(folder / name)
 
 
-def _write_index(path: Path, index: dict[str, Any] | None) -> None:
-    if index is not None:
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _finish(folder: Path, plan: _Plan, variant: str | None) -> None:
+    if plan.index is not None:
+        index = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        (beside(folder) / index_name(variant)).write_text(index, encoding="utf-8")
+    publish(folder, variant)
 
 
 def _on_all(layout: Layout, action: Callable[[], None]) -> None:

@@ -71,26 +71,29 @@ def _check_together(heard: list[tuple[str, str]]) -> None:
             )
 
 
-def meet(what: str, layout: Layout) -> None:
-    """Waits until every rank is here. It needs no collective, which an absent rank would confuse.
+def meet(what: str, group: dist.ProcessGroup | None) -> None:
+    """Waits until every rank of a group is here; None is the whole job.
+
+    It needs no collective, which an absent rank would confuse.
 
     Raises:
         RuntimeError: after `PATIENCE`, naming the ranks that did not come.
     """
-    ranks = dist.get_process_group_ranks(layout.group or dist.group.WORLD)
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    own = dist.get_rank(group)
     place = f"moe_compile/{what}/{ranks}"
     store = PrefixStore(f"{place}/{_meetings.get(place, 0)}", _get_default_store())
-    store.set(str(layout.rank), "here")
+    store.set(str(own), "here")
     try:
         store.wait([str(rank) for rank in range(len(ranks))], PATIENCE)
     except RuntimeError:  # every kind of store has its own
         absent = [str(rank) for rank in range(len(ranks)) if not store.check([str(rank)])]
-        store.delete_key(str(layout.rank))
+        store.delete_key(str(own))
         raise RuntimeError(
-            f"{what} got a call from rank {layout.rank}, and in {PATIENCE.seconds} seconds none "
+            f"{what} got a call from rank {own}, and in {PATIENCE.seconds} seconds none "
             f"from rank {', '.join(absent)}; it takes one from every rank, since each has a part "
-            'of the model; call it on all of them; give Trainer save_strategy="no", as it saves on '
-            "rank 0 alone"
+            "of the model; call it on all of them; give a Trainer moe_compile.TrainerMixin, as it "
+            "saves on rank 0 alone"
         ) from None
     _meetings[place] = _meetings.get(place, 0) + 1
 

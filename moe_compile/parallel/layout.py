@@ -2,10 +2,12 @@
 
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 NAMES = ("dp_replicate", "dp_shard", "ep")
 
@@ -129,4 +131,16 @@ def _mesh(device: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMes
     """A mesh without the dimensions of size 1."""
     kept = [dim for dim in range(ranks.dim()) if ranks.shape[dim] > 1]
     shape = [ranks.shape[dim] for dim in kept]
-    return DeviceMesh(device, ranks.reshape(shape), mesh_dim_names=tuple(names[d] for d in kept))
+    kept_names = tuple(names[dim] for dim in kept)
+    mesh = DeviceMesh(device, ranks.reshape(shape), mesh_dim_names=kept_names)
+    for group in mesh.get_all_groups():
+        _take_timeout(group, torch.device(device))
+    return mesh
+
+
+def _take_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Gives a group the job's timeout: torch gives it the default one, however short the job's."""
+    world: Any = dist.group.WORLD
+    options = getattr(world._get_backend(device), "options", None)
+    if options is not None:
+        _set_pg_timeout(options._timeout, group)

@@ -11,6 +11,7 @@ from moe_compile.parallel.experts import shard_experts
 from moe_compile.parallel.fsdp import shard_data_parallel
 from moe_compile.parallel.guard import forbid_additions
 from moe_compile.parallel.layout import Layout
+from moe_compile.parallel.watch import watch
 
 
 def layer_names(groups: list[Group]) -> list[str]:
@@ -35,7 +36,9 @@ def shard(
     if experts:
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    layers = [model.get_submodule(name) for name in layer_names(groups)]
+    names = layer_names(groups)
+    layers = [model.get_submodule(name) for name in names]
     shard_data_parallel(model, layers, experts, layout, config)
+    watch(model, names)
     forbid_additions(model)
     mark_prepared(model)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_compile.optimize import graph_lines
 from moe_compile.parallel import agree
 from moe_compile.parallel.agree import check_agreement, meet, on_every_rank
-from moe_compile.parallel.layout import Layout, layout_of
+from moe_compile.parallel.layout import Layout, _take_timeout, layout_of
 from tests.ranks import on_ranks
 
 
@@ -84,12 +84,24 @@ def wait() -> None:
     here = layout()
     if dist.get_rank() == 1:
         with pytest.raises(RuntimeError, match=r"rank 1, and in 1 seconds none from rank 0"):
-            meet("a test", here)
+            meet("a test", here.group)
     dist.barrier()
-    meet("a test", here)  # what failed is forgotten
+    meet("a test", here.group)  # what failed is forgotten
+
+
+def timeouts() -> None:
+    """A group of ours waits as long as the job's, not as long as torch's default."""
+    group: Any = dist.new_group([0, 1])
+    world: Any = dist.group.WORLD
+    cpu = torch.device("cpu")
+    expected = world._get_backend(cpu).options._timeout
+    assert group._get_backend(cpu).options._timeout != expected
+    _take_timeout(group, cpu)
+    assert group._get_backend(cpu).options._timeout == expected
 
 
 def together() -> None:
+    timeouts()
     compare()
     fail()
     fail_while_others_compare()

@@ -52,9 +52,7 @@ def build(mode: str, layers: int, *, tiny: bool, compiled: bool) -> PreTrainedMo
     """The model with a mode of checkpointing."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = TINY if tiny else REAL
-    config = Qwen3MoeConfig(
-        num_hidden_layers=layers, norm_topk_prob=True, use_cache=False, **sizes
-    )
+    config = Qwen3MoeConfig(num_hidden_layers=layers, norm_topk_prob=True, use_cache=False, **sizes)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3MoeForCausalLM(config).train()
@@ -141,7 +139,9 @@ def main() -> None:
 def row(mode: str, args: argparse.Namespace, compiled: bool) -> tuple[str, ...]:
     """What a process of its own measures."""
     command = [sys.executable, __file__, mode, "--one"]
-    command += [f"--{n}={getattr(args, n)}" for n in ("layers", "batch", "length", "warmup", "steps")]
+    command += [
+        f"--{n}={getattr(args, n)}" for n in ("layers", "batch", "length", "warmup", "steps")
+    ]
     command += ["--tiny"] * args.tiny + ["--compiled"] * compiled
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

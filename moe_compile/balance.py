@@ -1,10 +1,10 @@
 """How evenly the routers spread tokens over experts, and a callback that evens it out.
 
-    balance = moe_compile.RouterBalance(model)
-    ...
-    optimizer.step()
-    balance.step()
-    tracker.log(balance.metrics())
+balance = moe_compile.RouterBalance(model)
+...
+optimizer.step()
+balance.step()
+tracker.log(balance.metrics())
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,9 @@ class RouterLoad:
         """Ends a step: call it after the optimizer's, on every rank."""
         every = torch.cat(self._counts)
         if dist.is_initialized():
-            dist.all_reduce(every, group=None if self._group is None else process_group(self._group))
+            dist.all_reduce(
+                every, group=None if self._group is None else process_group(self._group)
+            )
         torch._foreach_zero_(self._counts)
         # The first of each counts picks that went nowhere.
         self._last = [part[1:] for part in every.split([len(c) for c in self._counts])]
@@ -162,10 +164,12 @@ class RouterBalance(RouterLoad):
         for router, load in zip(self.routers, self._last, strict=True):
             if router.bias is not None:
                 tokens = load.to(torch.float32)
-                _add(self._bias(router.bias), self.rate * torch.sign(tokens.mean() - tokens))
+                add_everywhere(
+                    self._bias(router.bias), self.rate * torch.sign(tokens.mean() - tokens)
+                )
 
 
-def _add(bias: Tensor, change: Tensor) -> None:
+def add_everywhere(bias: Tensor, change: Tensor) -> None:
     """Adds in place what every rank has, also to a bias that is a shard."""
     if isinstance(bias, DTensor):
         own = [Replicate()] * bias.device_mesh.ndim

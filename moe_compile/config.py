@@ -58,7 +58,7 @@ class OptimizeConfig:
             seconds, and off for the CPU. Timings are kept in `~/.cache/moe_compile/timings.json`,
             or in the folder that the environment variable MOE_COMPILE_CACHE names.
         activation_checkpointing: what the backward of a layer computes again: `"none"` nothing;
-            `"selective"` what is cheap (norms, activations, casts), but no product and no attention;
+            `"selective"` what is cheap (norms, activations, casts), no product and no attention;
             `"full"` everything. Neither routes again: top-k, the order of the picks and what was
             dispatched are kept. A call with a key-value cache keeps everything.
         loss: `"fused"`: in training the logits are computed when something reads them, and never

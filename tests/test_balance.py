@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import moe_compile
 from moe_compile import OptimizeConfig, RouterBalance, RouterLoad
-from moe_compile.balance import _add
+from moe_compile.balance import ROUTERS, Routers, add_everywhere
 from tests.families import build
 from tests.pairs import COMPILED, inputs, step
 from tests.parallel.models import call_of, no_graph_breaks, optimized
@@ -75,7 +75,7 @@ def test_counts_are_those_of_the_picks(mode: Any) -> None:
 
 
 def test_compiled_layers_count_without_a_graph_break() -> None:
-    model = build("deepseek_v3")
+    model = build("deepseek_v3", num_hidden_layers=2)
     want = picked(copy.deepcopy(model), CALLS)
     options: dict[str, Any] = {"compile": COMPILED.compile, "activation_checkpointing": "selective"}
     mine = quick(model, **options)
@@ -85,7 +85,8 @@ def test_compiled_layers_count_without_a_graph_break() -> None:
         for call in CALLS:
             step(mine, **call)
     balance.step()
-    assert {n: loads(balance.metrics(), n) for n in want} == {n: c.tolist() for n, c in want.items()}
+    for name, counts in want.items():
+        assert loads(balance.metrics(), name) == counts.tolist()
 
 
 def test_gradient_checkpointing_of_the_model_counts_once() -> None:
@@ -117,9 +118,9 @@ def test_the_load_becomes_even() -> None:
     model: Any = build("deepseek_v3", n_group=1)
     with torch.no_grad():
         for layer in model.model.layers[1:]:
-            layer.mlp.gate.e_score_correction_bias[:2] += 1.0
+            layer.mlp.gate.e_score_correction_bias[:2] += 0.1
     mine = quick(model)
-    balance = RouterBalance(mine, rate=0.05)
+    balance = RouterBalance(mine, rate=0.003)  # scores differ by some 0.03
     found: list[dict[str, float]] = []
     for _ in range(40):
         mine(**inputs(8, 32))
@@ -153,8 +154,8 @@ def test_models_that_it_does_not_take() -> None:
     RouterLoad(mixtral)
     with pytest.raises(ValueError, match=r"counted already; it takes .*; use the"):
         RouterLoad(mixtral)
-    refused = quick(build("mixtral"), providers={})
-    getattr(refused, "_moe_compile_routers").__dict__["found"] = ()
+    refused = quick(plain)
+    setattr(refused, ROUTERS, Routers(()))
     with pytest.raises(ValueError, match=r"without experts that optimize rewrote; it takes"):
         RouterLoad(refused)
     half: Any = build("deepseek_v3", torch.bfloat16)
@@ -185,7 +186,7 @@ def check_shard(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     bias, change = torch.arange(5.0), torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
     shard = distribute_tensor(bias, mesh, [Shard(0)])
-    _add(shard, change)
+    add_everywhere(shard, change)
     assert torch.equal(shard.full_tensor(), bias + change)
     assert len(shard.to_local()) == (3, 2)[rank]
 

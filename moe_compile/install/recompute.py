@@ -1,9 +1,9 @@
 """Layers whose backward computes again what their forward did not keep.
 
 `full` keeps what a layer is given, and its routing; `selective` also what is dear to compute:
-products, attention, what came back from other ranks. Routing (top-k, the order of the picks, what dispatch sent) never runs
-again: rounded in another way, a token near a tie would go to other experts in the backward than in
-the forward. It also is the one part for which ranks would have to wait for each other once more.
+products, attention, what came back from other ranks. Routing (top-k, the order of the picks, what
+dispatch received) never runs again: a token near a tie, rounded in another way, would go to other
+experts in the backward than in the forward.
 
 Both go by operator. A layer that runs uncompiled holds what those operators gave until the
 backward, needed or not; of a compiled one the partitioner keeps what the backward reads, and also

@@ -19,6 +19,8 @@ _ADDITIONS = (aten.add.Tensor,)
 _SAME_VALUES = (
     aten._to_copy.default,
     aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
     aten.view.default,
     aten.reshape.default,
     aten.expand.default,

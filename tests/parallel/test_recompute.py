@@ -36,7 +36,7 @@ def of_mode(model: Any, mesh: str, mode: Any, compile: Any) -> tuple[Any, Counte
 
 
 def every_mode(mesh: str, compile: Any) -> None:
-    model = small(num_hidden_layers=2)
+    model = small()
     want, once = of_mode(model, mesh, "none", compile)
     for mode in ("full", "selective"):
         values, calls = of_mode(model, mesh, mode, compile)

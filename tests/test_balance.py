@@ -118,17 +118,18 @@ def test_the_load_becomes_even() -> None:
     model: Any = build("deepseek_v3", n_group=1)
     with torch.no_grad():
         for layer in model.model.layers[1:]:
-            layer.mlp.gate.e_score_correction_bias[:2] += 0.1
+            layer.mlp.gate.e_score_correction_bias[:2] += 0.3
     mine = quick(model)
-    balance = RouterBalance(mine, rate=0.003)  # scores differ by some 0.03
+    balance = RouterBalance(mine, rate=0.01)
     found: list[dict[str, float]] = []
-    for _ in range(40):
-        mine(**inputs(8, 32))
+    for _ in range(30):
+        with torch.no_grad():
+            mine(**inputs(8, 32))
         balance.step()
         found.append(balance.metrics())
-    assert found[0]["router/imbalance"] == 4.0
-    assert found[0]["router/dead_experts"] == 12
-    assert found[-1]["router/imbalance"] < 1.6
+    assert found[0]["router/imbalance"] > 3.5
+    assert found[0]["router/dead_experts"] > 0
+    assert found[-1]["router/imbalance"] < 1.4
     assert found[-1]["router/dead_experts"] == 0
 
 

@@ -77,7 +77,8 @@ class RouterLoad:
             dist.all_reduce(
                 every, group=None if self._group is None else process_group(self._group)
             )
-        torch._foreach_zero_(self._counts)
+        for counts in self._counts:
+            counts.zero_()
         # The first of each counts picks that went nowhere.
         self._last = [part[1:] for part in every.split([len(c) for c in self._counts])]
 

@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_picks(mode: Any) -> None:
             worst = counts.max() / counts.double().mean()
             assert metrics[f"router/{name}/imbalance"] == pytest.approx(float(worst))
             assert metrics[f"router/{name}/dead_experts"] == int((counts == 0).sum())
-    assert metrics["router/dead_experts"] == sum(int((c == 0).sum()) for c in want.values())
+        assert metrics["router/dead_experts"] == sum(int((c == 0).sum()) for c in want.values())
     balance.step()
     metrics = balance.metrics()
     assert (metrics["router/imbalance"], metrics["router/dead_experts"]) == (1.0, 16.0)

@@ -90,7 +90,8 @@ def test_two_runs_on_a_gpu_are_bit_equal(
     family: str, compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    model: Any = build(family, torch.bfloat16, hidden_size=256, num_hidden_layers=2).cuda()
+    model: Any = build(family, torch.bfloat16, hidden_size=256, num_hidden_layers=2)
+    model.to("cuda")
     config = OptimizeConfig(deterministic=True, compile=compile)
     report = moe_compile.explain(model, config=config)
     assert {s.status for s in report.sites if s.kind == "experts"} == {"rewritten"}

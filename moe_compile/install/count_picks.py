@@ -49,8 +49,9 @@ def counted(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     for index, block in enumerate(routed(copy)):
+        arguments: Any = (OWNER, block.ids, index)
         with copy.inserting_before(block.node):
-            copy.call_function(count_picks, (OWNER, block.ids, index))
+            copy.call_function(count_picks, arguments)
     return copy
 
 

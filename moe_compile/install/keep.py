@@ -64,7 +64,8 @@ class _Keeping(_Mode):
         """Copies what was kept of a tensor that is about to change."""
 
         def copied(kept: Tensor) -> Tensor:
-            return kept.clone() if torch._C._is_alias_of(kept, changed) else kept
+            is_same = torch._C._is_alias_of(kept, changed)  # pyright: ignore[reportAttributeAccessIssue]
+            return kept.clone() if is_same else kept
 
         for results in self.results.values():
             for i, result in enumerate(results):

@@ -35,7 +35,7 @@ _ROUTING = (
     "moe_compile::group_picks",
     "moe_compile::all_to_all_dispatch",
     "moe_compile::deep_ep_dispatch",
-    "moe_compile::elastic_dispatch",
+    "moe_compile::deep_ep_elastic_dispatch",
 )
 """Operators that decide where tokens go; with an overload's name, that one alone."""
 
@@ -55,7 +55,7 @@ _DEAR = (
     "moe_compile::grouped_mm",
     "moe_compile::all_to_all_combine",
     "moe_compile::deep_ep_combine",
-    "moe_compile::elastic_combine",
+    "moe_compile::deep_ep_elastic_combine",
 )
 
 KEPT: dict[str, frozenset[str]] = {

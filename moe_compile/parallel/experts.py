@@ -162,8 +162,8 @@ def _let_go(gathered: dict[int, DTensor]) -> Generator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    pack_other, unpack_other = outer or (_same, _same)
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    pack_other, unpack_other = hooks._top_saved_tensors_default_hooks(False) or (_same, _same)
 
     def pack(tensor: Tensor) -> Any:
         source = gathered.get(tensor.untyped_storage().data_ptr())

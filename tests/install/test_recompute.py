@@ -1,6 +1,7 @@
 """Activation checkpointing in one process: the same gradients, and nothing routed twice."""
 
 import copy
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import moe_compile
 from moe_compile import OptimizeConfig
+from moe_compile.install.recompute import KEPT
 from tests.counting import CountOps
 from tests.families import build
 from tests.pairs import COMPILED, check_close, inputs, make_pair, step
@@ -91,6 +93,14 @@ def test_evaluation_keeps_nothing() -> None:
     with torch.no_grad(), CountOps() as ops:
         model(**inputs())
     assert ops.calls["aten::topk"] == 2
+
+
+def test_every_operator_of_ours_that_is_kept_exists() -> None:
+    for module in ("all_to_all", "deep_ep", "deep_ep_elastic", "expert_rows", "grouped_mm"):
+        importlib.import_module(f"moe_compile.kernels.{module}")
+    own = [name.split("::")[1] for name in KEPT["selective"] if name.startswith("moe_compile::")]
+    assert len(own) == 8
+    assert [name for name in own if not hasattr(torch.ops.moe_compile, name)] == []
 
 
 class Layer(nn.Module):

@@ -19,9 +19,11 @@ Route = Callable[["Block", Tensor], tuple[Tensor, Tensor]]
 class Block(nn.Module):
     """Experts in a loop, and a router with two vectors of a number for each expert."""
 
+    two: Tensor
+
     def __init__(self, route: Route) -> None:
         super().__init__()
-        self.route = route
+        self.route: Route = route
         self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
         self.one = nn.Parameter(torch.randn(EXPERTS), requires_grad=False)
         self.register_buffer("two", torch.randn(EXPERTS))

@@ -1,6 +1,7 @@
 """Router loads and the callback that evens them out, in one process and on two ranks."""
 
 import copy
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import Trainer
 
 import moe_compile
 from moe_compile import OptimizeConfig, RouterBalance, RouterLoad
@@ -136,9 +138,8 @@ def test_the_load_becomes_even() -> None:
 def test_in_a_trainer_with_accumulation() -> None:
     mine = quick(build("deepseek_v3"))
     balance = RouterBalance(mine)
-    callbacks: dict[str, Any] = {"callbacks": [balance.callback()]}
-    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 2}
-    trainer_logs(mine, trainer_options=callbacks, **options)
+    kind = functools.partial(Trainer, callbacks=[balance.callback()])
+    trainer_logs(mine, kind=kind, gradient_accumulation_steps=2, max_steps=2)
     assert sum(loads(balance.metrics(), "model.layers.1.mlp.experts")) == 2 * 2 * 10 * 2
     assert mine.model.layers[1].mlp.gate.e_score_correction_bias.abs().max() > 0
 

@@ -1,6 +1,7 @@
 """Makes any loaded Hugging Face mixture-of-experts model train fast, by rewriting its graphs."""
 
 from moe_compile.adapters.trainer import TrainerMixin
+from moe_compile.balance import RouterBalance, RouterLoad
 from moe_compile.checkpoint.load import load_pretrained
 from moe_compile.checkpoint.state import load_state, save_state
 from moe_compile.config import OptimizeConfig
@@ -21,6 +22,8 @@ __all__ = [
     "Pipeline",
     "Refuse",
     "Report",
+    "RouterBalance",
+    "RouterLoad",
     "TrainerMixin",
     "clip_grad_norm_",
     "explain",

@@ -100,6 +100,7 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
             "OptimizeConfig(compile=False), for example"
         )
     _check_fsdp(config.fsdp)
+    _check_deterministic(config)
     alone = mesh is None or mesh.size() == 1
     unready = {
         "fsdp": (alone and config.fsdp not in ("auto", False), "pass a mesh with it"),
@@ -108,14 +109,6 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
             alone and config.max_tokens_per_rank is not None,
             "pass a mesh with it",
         ),
-        "activation_checkpointing": (
-            config.activation_checkpointing != "none",
-            "call model.gradient_checkpointing_enable() instead",
-        ),
-        "deterministic": (
-            config.deterministic,
-            "call torch.use_deterministic_algorithms(True) instead",
-        ),
     }
     for name, (asked, instead) in unready.items():
         if asked:
@@ -123,6 +116,30 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
                 f"OptimizeConfig.{name} got {getattr(config, name)!r}, which this release does not "
                 f"have; it takes {OptimizeConfig.__dataclass_fields__[name].default!r}; {instead}"
             )
+
+
+def _check_deterministic(config: OptimizeConfig) -> None:
+    """Torch's own kernels are the user's to set; nothing may be chosen by a clock."""
+    if not config.deterministic:
+        return
+    strict = torch.are_deterministic_algorithms_enabled()
+    if not strict or torch.is_deterministic_algorithms_warn_only_enabled():
+        raise ValueError(
+            "OptimizeConfig.deterministic got True while torch may add in any order, as in the "
+            "gradients of attention and of embeddings; it takes torch's strict setting; call "
+            "torch.use_deterministic_algorithms(True) first, and leave it on while you train"
+        )
+    if config.measure is True:
+        raise ValueError(
+            "OptimizeConfig.measure got True beside deterministic=True; it takes False or 'auto': "
+            "a timing may choose another provider in the next run; leave it out"
+        )
+    if isinstance(config.compile, Mapping) and "mode" in config.compile:
+        raise ValueError(
+            f"OptimizeConfig.compile got the mode {config.compile['mode']!r} beside "
+            "deterministic=True; it takes options: a mode may choose kernels by a timing; leave "
+            "the mode out"
+        )
 
 
 def _check_fsdp(options: Any) -> None:

@@ -57,7 +57,10 @@ class OptimizeConfig:
             without it the first of them in a fixed order. `"auto"` is on for CUDA, where it takes
             seconds, and off for the CPU. Timings are kept in `~/.cache/moe_compile/timings.json`,
             or in the folder that the environment variable MOE_COMPILE_CACHE names.
-        activation_checkpointing: what the backward recomputes.
+        activation_checkpointing: what the backward of a layer computes again: `"none"` nothing;
+            `"selective"` what is cheap (norms, activations, casts), no product and no attention;
+            `"full"` everything. Neither routes again: top-k, the order of the picks and what was
+            dispatched are kept. A call with a key-value cache keeps everything.
         loss: `"fused"`: in training the logits are computed when something reads them, and never
             where only their cross-entropy is; a model that this cannot be done to is a
             `ValueError`. `"model"`: as the model does. `"auto"`: fused where it can be.
@@ -67,7 +70,9 @@ class OptimizeConfig:
             `"auto"` does so except for meta tensors and layers of more than 256 MiB; `"full"` for
             large layers too, proves the algebra over a prime field, and checks the passes' facts;
             `"raise"` does the same for the raised graph only, before providers are chosen.
-        deterministic: choose only implementations that give the same bits in every run.
+        deterministic: two runs give the same bits. Takes `torch.use_deterministic_algorithms(True)`
+            as set, which is yours to set; then chooses only implementations that add in one order,
+            and none by a timing.
 
     Raises:
         ValueError: for a value that the field does not take.

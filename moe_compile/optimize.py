@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.node import map_aggregate
 
 from moe_compile.adapters.checkpoints import settle_dtypes
+from moe_compile.balance import ROUTERS, Routers
 from moe_compile.capture.group import Group, group
 from moe_compile.capture.probe import probe
 from moe_compile.capture.shadow import cast_shadow
@@ -133,6 +134,9 @@ def optimize(
             bind_save(model, work.layout)
     elif mesh is not None:
         move(model, work.device)
+    found = tuple(router for each in work.installations for router in each.every_router())
+    group = None if work.layout is None or work.layout.group is None else work.layout.group
+    setattr(model, ROUTERS, Routers(found, group and group.group_name))
     setattr(model, _REPORT, _summary(work))
     return model
 

@@ -88,9 +88,6 @@ UNREADY: list[tuple[str, Any]] = [
     ("dispatcher", "deepep"),
     ("dispatcher", "all_to_all"),
     ("max_tokens_per_rank", 8),
-    ("activation_checkpointing", "selective"),
-    ("activation_checkpointing", "full"),
-    ("deterministic", True),
 ]
 
 
@@ -102,6 +99,36 @@ def test_an_option_of_a_later_release(
     with pytest.raises(ValueError, match=rf"^OptimizeConfig\.{field} got ") as error:
         place(model, config=OptimizeConfig(**{field: value}))
     check(error, repr(value), "this release")
+
+
+@places
+@pytest.mark.parametrize("warn_only", [None, True])
+def test_determinism_that_torch_was_not_asked_for(
+    place: Any, warn_only: bool | None, model: PreTrainedModel
+) -> None:
+    torch.use_deterministic_algorithms(warn_only is not None, warn_only=bool(warn_only))
+    try:
+        with pytest.raises(ValueError, match=r"^OptimizeConfig\.deterministic got True") as error:
+            place(model, config=OptimizeConfig(deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(error, "torch.use_deterministic_algorithms(True)")
+
+
+@places
+@pytest.mark.parametrize(
+    ("field", "value"), [("measure", True), ("compile", {"mode": "max-autotune"})]
+)
+def test_choices_by_a_clock_beside_determinism(
+    place: Any, field: str, value: Any, model: PreTrainedModel
+) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ValueError, match=rf"^OptimizeConfig\.{field} got ") as error:
+            place(model, config=OptimizeConfig(**{"deterministic": True, field: value}))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(error, "timing")
 
 
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16)

@@ -23,6 +23,7 @@ from moe_compile.config import OptimizeConfig
 from moe_compile.install.forward import bind
 from moe_compile.install.guards import foreign_guards
 from moe_compile.install.own_code import with_own_code
+from moe_compile.install.recompute import recomputing
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ def compile_units(
 ) -> None:
     """Compiles the layers of every group, for the device on which the model will train.
 
-    What is beside the layers stays as it is.
+    What they recompute in the backward is part of what is compiled, so that the partitioner sees
+    it. What is beside the layers stays as it is.
     """
-    options = compile_options(config, device)
+    options, mode = compile_options(config, device), config.activation_checkpointing
     for number, group in enumerate(groups):
-        if options is not None and is_layer(group):
+        if is_layer(group) and (options is not None or mode != "none"):
             layers = [model.get_submodule(name) for name in group.names]
-            _compile_layers(layers, number, options)
+            _change_layers(layers, number, options, mode)
 
 
 def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, Any] | None:
@@ -46,6 +48,9 @@ def compile_options(config: OptimizeConfig, device: torch.device) -> dict[str, A
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return None
     options = {} if isinstance(config.compile, (bool, str)) else dict(config.compile)
+    if config.deterministic and options.get("backend", "inductor") == "inductor":
+        # Inductor times tilings while the model runs, and each sums in another order.
+        options["options"] = {"deterministic": True} | options.get("options", {})
     return {"fullgraph": True} | options
 
 
@@ -54,13 +59,19 @@ def is_layer(group: Group) -> bool:
     return not group.is_part and any(n.rpartition(".")[2].isdigit() for n in group.names)
 
 
-def _compile_layers(layers: list[nn.Module], number: int, options: dict[str, Any]) -> None:
+def _change_layers(
+    layers: list[nn.Module], number: int, options: dict[str, Any] | None, mode: str
+) -> None:
     inner = vars(layers[0]).get("forward")
     function = type(layers[0]).forward if inner is None else getattr(inner, "__func__", None)
     if not isinstance(function, types.FunctionType):
-        _LOG.warning("a %s has a forward of its own and runs uncompiled", type(layers[0]).__name__)
+        _LOG.warning("a %s has a forward of its own and stays as it is", type(layers[0]).__name__)
         return
-    entry = _entry(function, number, options)
+    if mode != "none":
+        # What a layer records, as router logits, it records once: the backward has no use for it.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        function = recomputing(function, mode)
+    entry = function if options is None else _entry(function, number, options)
     for layer in layers:
         bind(layer, entry)
 

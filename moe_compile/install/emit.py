@@ -30,6 +30,9 @@ _INFIX: dict[Any, str] = {
 }
 _serial = itertools.count()
 
+OWNER = object()
+"""Stands in a graph for the module that the function is a method of."""
+
 
 def emit(graph: fx.Graph, name: str, *, method: bool = True) -> Callable[..., Any]:
     """A function of the graph's placeholders, in order; a method if it reads attributes."""
@@ -99,6 +102,8 @@ class _Writer:
     def value(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
+        if value is OWNER:
+            return "self"
         if isinstance(value, Region):
             return self.region(value)
         if type(value) is list or type(value).__name__ == "immutable_list":

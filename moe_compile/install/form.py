@@ -1,6 +1,5 @@
 """Call forms: which calls an installed function was captured for."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +66,7 @@ class CallForm:
         args, kwargs: nested tuples, lists and dicts of `TensorForm` and `ValueForm`.
         ignored: keywords that may be absent, present, and of any value.
         twins: pairs of tensor arguments, by their order, that were one tensor.
+        device: the device type of the tensor arguments.
     """
 
     mode: Mode
@@ -74,6 +74,7 @@ class CallForm:
     kwargs: dict[str, Any]
     ignored: frozenset[str]
     twins: tuple[tuple[int, int], ...]
+    device: str
 
     @classmethod
     def of(cls, call: ModuleCall, tensors: list[Any], mode: Mode) -> "CallForm":
@@ -86,7 +87,8 @@ class CallForm:
         kept = {name: value for name, value in kwargs.items() if name not in ignored}
         first = {node: i for i, node in reversed(list(enumerate(tensors)))}
         twins = tuple((first[node], i) for i, node in enumerate(tensors) if first[node] != i)
-        return cls(mode, tuple(args), kept, frozenset(ignored), twins)
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, TensorForm))
+        return cls(mode, tuple(args), kept, frozenset(ignored), twins, device)
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """The tensor arguments of a call, in the captured order; None if the form differs."""
@@ -97,12 +99,6 @@ class CallForm:
         if found is None or any(found[a] is not found[b] for a, b in self.twins):
             return None
         return found
-
-    @functools.cached_property
-    def device(self) -> str:
-        """The device type of the tensor arguments."""
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return next(leaf.device for leaf in leaves if isinstance(leaf, TensorForm))
 
 
 def _value_form(value: Any) -> Any:

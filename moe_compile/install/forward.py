@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from moe_compile import ops
 from moe_compile.capture.trace import Mode
+from moe_compile.install.count_picks import counted
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
@@ -72,7 +73,7 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
     name = f"{cut.call.label}_{name}" if name.isdigit() else name
     return Variant(
         CallForm.of(cut.call, placeholders, mode),
-        emit(cut.graph, f"{name}_forward"),
+        emit(counted(cut.graph), f"{name}_forward"),
         None if cut.conditions is None else emit(cut.conditions, f"{name}_fits", method=False),
         tuple((path, type(owner.get_submodule(path))) for path in cut.crossed),
         _own_reads(cut, reads),

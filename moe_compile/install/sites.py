@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from moe_compile import ops
 from moe_compile.capture.group import Group
+from moe_compile.install.count_picks import Router, routers
 from moe_compile.install.cut import cut
 from moe_compile.install.forward import (
     Variant,
@@ -33,16 +34,30 @@ class Installation:
         path: the owner's name inside a unit.
         variants: the captured call forms; empty where nothing is installed.
         sites: what the report says of it.
+        routers: the blocks of experts in the owner, by names inside a unit.
     """
 
     units: list[str]
     path: str
     variants: tuple[Variant, ...] = ()
     sites: list[Site] = field(default_factory=list[Site])
+    routers: tuple[Router, ...] = ()
+
+    def every_router(self) -> list[Router]:
+        """The blocks of experts of every unit, by their full names."""
+        return [
+            Router(_inside(unit, r.module), r.index, r.experts, r.bias and _inside(unit, r.bias))
+            for unit in self.units
+            for r in self.routers
+        ]
 
     def owner_names(self) -> list[str]:
         """The full names of the modules that are changed."""
-        return [f"{unit}.{self.path}" if self.path else unit for unit in self.units]
+        return [_inside(unit, self.path) for unit in self.units]
+
+
+def _inside(unit: str, path: str) -> str:
+    return f"{unit}.{path}" if path else unit
 
 
 def prepare(
@@ -89,6 +104,7 @@ def _prepare_owner(
     try:
         result.variants = _variants(model, result, units, verifier)
         result.sites = _sites(result, nodes, "rewritten", None)
+        result.routers = routers(units[0], path)
     except Refuse as refusal:
         sites = _sites(result, nodes, "refused", refusal.reason)
         result.sites = [_with_near_miss(site, nodes, refusal) for site in sites]

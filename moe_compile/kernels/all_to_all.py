@@ -78,11 +78,22 @@ def all_to_all_combine(
     sent, received = splits.tolist()
     # A token's rows are summed in float32, as they would be where all its experts are at home.
     back = _exchange(y, sent, received, ranks).to(torch.promote_types(y.dtype, torch.float32))
-    out = back.new_zeros(num_tokens, y.shape[1]).index_add_(0, source, back).to(y.dtype)
+    out = _sum_of_tokens(back, source, sent, num_tokens).to(y.dtype)
     if weights is None:
         return out, y.new_empty(0, 0)
     back = _exchange(weights, sent, received, ranks)
-    return out, weights.new_zeros(num_tokens, weights.shape[1]).index_add_(0, source, back)
+    return out, _sum_of_tokens(back, source, sent, num_tokens)
+
+
+def _sum_of_tokens(rows: Tensor, source: Tensor, sent: list[int], num_tokens: int) -> Tensor:
+    """[num_tokens, W] of rows [V, W]: rank after rank, so that the sum has one order on a GPU too.
+
+    From one rank a token gets one row at most, so no two rows of a part meet.
+    """
+    out = rows.new_zeros(num_tokens, rows.shape[1])
+    for part, tokens in zip(rows.split(sent), source.split(sent), strict=True):
+        out.index_add_(0, tokens, part)
+    return out
 
 
 @torch.library.custom_op("moe_compile::all_to_all_redispatch", mutates_args=())

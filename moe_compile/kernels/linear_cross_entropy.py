@@ -122,7 +122,10 @@ def _to_gradient(
         from moe_compile.kernels import loss_kernels
 
         return loss_kernels.to_gradient(logits, labels, scale, ignore_index)
-    run = _compiled(transform) if logits.is_cuda else _gradient_of(transform)
+    if not logits.is_cuda:
+        run = _gradient_of(transform)
+    else:
+        run = _compiled(transform, torch.are_deterministic_algorithms_enabled())
     return run(logits, labels, labels != ignore_index, scale)
 
 
@@ -148,9 +151,12 @@ def _gradient_of(transform: Transform) -> Callable[[Tensor, Tensor, Tensor, Tens
 
 
 @functools.cache
-def _compiled(transform: Transform) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same as kernels that read the logits twice and write them once."""
-    run = torch.compile(_gradient_of(transform), fullgraph=True)
+def _compiled(
+    transform: Transform, deterministic: bool
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same as kernels that read the logits twice and write them once; if so, none by timing."""
+    options = {"deterministic": True} if deterministic else None
+    run = torch.compile(_gradient_of(transform), fullgraph=True, options=options)
 
     def to_gradient(logits: Tensor, labels: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
         for rows in (logits, labels, counts):

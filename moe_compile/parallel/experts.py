@@ -11,6 +11,7 @@ experts' output instead, which is much smaller than that of their matrices.
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -155,27 +156,41 @@ def whole_experts(weight: DTensor) -> Tensor:
 def _let_go(gathered: dict[int, DTensor]) -> Generator[None]:
     """Autograd keeps the shards in the place of what was gathered from them (by its address).
 
-    Inductor does so by itself, for what `checkpoint` marks.
+    The rest is left to hooks that are there already, as those of checkpointing: autograd would
+    call the innermost alone. Inductor does all this by itself, for what `checkpoint` marks.
     """
     if torch.compiler.is_compiling():
         yield
         return
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    pack_other, unpack_other = hooks._top_saved_tensors_default_hooks(False) or (_same, _same)
 
     def pack(tensor: Tensor) -> Any:
         source = gathered.get(tensor.untyped_storage().data_ptr())
         if source is None or not source.numel():
-            return tensor
+            return _Other(pack_other(tensor))
         return source, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, _Other):
+            return unpack_other(packed.value)
         source, shape, stride, offset = packed
         with torch.no_grad():
             return whole_experts(source).as_strided(shape, stride, offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+@dataclass(frozen=True)
+class _Other:
+    """What other hooks made of a saved tensor."""
+
+    value: Any
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 class _ScaleGradient(torch.autograd.Function):

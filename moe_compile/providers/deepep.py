@@ -146,7 +146,10 @@ def _device_problem(module: Any, found: Interface, device: torch.device) -> str 
     kind: str = getattr(getattr(module, found.name), "device_type", "cuda")
     if device.type != kind:
         return f"deepep takes tensors on {kind}: got {device.type}"
-    if torch.are_deterministic_algorithms_enabled() and _fills_memory():
+    is_strict = torch.are_deterministic_algorithms_enabled()
+    if is_strict and found is V2:
+        return "deepep V2 places rows by atomic additions, and may sum a token's in any order"
+    if is_strict and _fills_memory():
         return (
             "deepep stops under deterministic algorithms while memory is filled; set "
             "torch.utils.deterministic.fill_uninitialized_memory = False"

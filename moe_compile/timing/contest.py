@@ -142,6 +142,8 @@ def _numbers(max_tokens: int | None, device: torch.device) -> tuple[int, int]:
 def _why_off(config: OptimizeConfig, device: torch.device) -> str | None:
     if device.type not in _SEQUENCE:
         return f"only cuda and cpu have a clock here, not {device.type}"
+    if config.deterministic:
+        return "OptimizeConfig(deterministic=True): another run could choose another"
     if config.measure is False:
         return "OptimizeConfig(measure=False)"
     if config.measure == "auto" and device.type != "cuda":

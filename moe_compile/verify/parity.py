@@ -7,9 +7,10 @@ the module's own, or 4 eps; where it is more, eight draws decide. `verify="full"
 raised graph over a prime field.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +85,18 @@ class OwnCodeFails(Refuse):
     """The module's own code cannot run in a call form that was foreseen for it."""
 
 
+@contextlib.contextmanager
+def _in_any_order() -> Generator[None]:
+    """Lets a module's own code run that torch's deterministic setting would stop."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+
+
 class Verifier:
     """Verifies the variants of one unit on a copy of it; `level` is `OptimizeConfig.verify`."""
 
@@ -100,7 +113,8 @@ class Verifier:
         self.unit.train(graph.mode.training is not False)
 
         def measure(seed: int) -> _Errors:
-            return self._measure(graph, call, variant, program, seed)
+            with _in_any_order():
+                return self._measure(graph, call, variant, program, seed)
 
         found = measure(0)
         if found.problem() is not None:

@@ -122,10 +122,11 @@ def test_determinism_that_torch_was_not_asked_for(
 def test_choices_by_a_clock_beside_determinism(
     place: Any, field: str, value: Any, model: PreTrainedModel
 ) -> None:
+    asked: dict[str, Any] = {"deterministic": True, field: value}
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(ValueError, match=rf"^OptimizeConfig\.{field} got ") as error:
-            place(model, config=OptimizeConfig(**{"deterministic": True, field: value}))
+            place(model, config=OptimizeConfig(**asked))
     finally:
         torch.use_deterministic_algorithms(False)
     check(error, "timing")

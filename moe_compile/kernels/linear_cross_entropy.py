@@ -155,7 +155,7 @@ def _compiled(
     transform: Transform, deterministic: bool
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The same as kernels that read the logits twice and write them once; if so, none by timing."""
-    options = {"deterministic": True} if deterministic else None
+    options: dict[str, Any] | None = {"deterministic": True} if deterministic else None
     run = torch.compile(_gradient_of(transform), fullgraph=True, options=options)
 
     def to_gradient(logits: Tensor, labels: Tensor, counts: Tensor, scale: Tensor) -> Tensor:

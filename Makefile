@@ -7,13 +7,16 @@ PROVEN ?= 98
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test families fuzz check clean
+.PHONY: demo test families long fuzz check clean
 
 demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/finetune.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix and not long"
+
+long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
 families: fuzz
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m matrix

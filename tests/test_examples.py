@@ -34,6 +34,7 @@ def without_times(printed: str) -> list[str]:
     return [line.partition(";")[0] for line in printed.strip().splitlines()]
 
 
+@pytest.mark.matrix
 def test_pass_order() -> None:
     refusals, table = run("examples/pass_order.py").split("\n\n")
     assert "needs the fact 'planned'" in refusals
@@ -43,7 +44,7 @@ def test_pass_order() -> None:
     assert sites["norms dropped"] < sites["default"] == sites["experts last"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
 def test_finetune(tmp_path: Path, ranks: int) -> None:
     """As `make demo RANKS=1` and `make demo` run it."""
     script = ROOT / "examples" / "finetune.py"

@@ -221,7 +221,9 @@ def test_lora_added_before(target: str) -> None:
         assert site.status == "rewritten" or site.reason
 
 
-@pytest.mark.parametrize("losses", [trainer_losses, trl_losses])
+@pytest.mark.parametrize(
+    "losses", [trainer_losses, pytest.param(trl_losses, marks=pytest.mark.matrix)]
+)
 def test_the_trainers(both: Pair, losses: Callable[[Any], list[float]]) -> None:
     expected = losses(both.original)
     assert len(set(expected)) == 3

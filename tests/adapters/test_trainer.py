@@ -75,6 +75,7 @@ def check_near(logs: Logs, references: Logs) -> None:
         assert mine == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.matrix
 def test_trainers_save_and_resume_on_two_ranks(tmp_path: Path) -> None:
     """Bit for bit; with the losses of one process; and one process takes over."""
     for logs in on_ranks(2, every_way, tmp_path):

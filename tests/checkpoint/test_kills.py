@@ -108,7 +108,7 @@ def kill(processes: list[multiprocessing.Process], chance: random.Random) -> Non
         time.sleep(chance.choice((0, 0.02)))
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("how", "saved"), [(save_state, saved_state), (save_pretrained, saved_model)]
 )

@@ -87,7 +87,13 @@ def test_outputs_and_gradients_are_those_of_dense_experts(name: str, ranks: int)
     on_ranks(ranks, check, name, None)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recomputed",
+        *(pytest.param(n, marks=pytest.mark.matrix) for n in PROGRAMS if n != "recomputed"),
+    ],
+)
 def test_compiled_without_a_graph_break(name: str) -> None:
     on_ranks(2, check, name, "aot_eager")
 

@@ -38,7 +38,15 @@ Program = Callable[..., Tensor]
 EMULATORS = {"Buffer": deep_ep_emulator, "ElasticBuffer": deep_ep_elastic_emulator}
 
 both = pytest.mark.parametrize("interface", EMULATORS)
-bounds = pytest.mark.parametrize("bound", [None, MOST])
+each = pytest.mark.parametrize(
+    ("interface", "bound"),
+    [
+        ("Buffer", None),
+        ("ElasticBuffer", MOST),
+        pytest.param("Buffer", MOST, marks=pytest.mark.matrix),
+        pytest.param("ElasticBuffer", None, marks=pytest.mark.matrix),
+    ],
+)
 
 
 def tokens_with(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,8 +213,7 @@ def too_many_tokens(interface: str) -> None:
         program(x, weights, *parameters(HIDDEN, DTYPE), ids)
 
 
-@both
-@bounds
+@each
 def test_eager_recomputed_and_compiled_on_two_ranks(interface: str, bound: int | None) -> None:
     on_ranks(2, check_programs, interface, bound)
 
@@ -235,8 +242,7 @@ def test_on_four_ranks(interface: str) -> None:
     on_ranks(4, check_plain, interface)
 
 
-@both
-@bounds
+@each
 @pytest.mark.slow
 def test_compiled_with_inductor(interface: str, bound: int | None) -> None:
     on_ranks(2, check_inductor, interface, bound)

@@ -55,9 +55,16 @@ def slowness() -> float:
 
 
 @pytest.mark.parametrize(
-    ("way", "place"), [("kill", "forward"), ("raise", "backward"), ("hang", "forward")]
+    ("way", "place", "times"),
+    [
+        ("kill", "forward", 1),
+        pytest.param("raise", "backward", 1, marks=pytest.mark.matrix),
+        pytest.param("hang", "forward", 1, marks=pytest.mark.matrix),
+        pytest.param("kill", "forward", 20, marks=pytest.mark.long),
+        pytest.param("raise", "backward", 20, marks=pytest.mark.long),
+        pytest.param("hang", "forward", 20, marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.matrix)])
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_job_ends_with_one_of_its_ranks(tmp_path: Path, way: str, place: str, times: int) -> None:
     for number in range(times):

@@ -67,11 +67,11 @@ def hand_over(mesh: str, folder: Path, step: int) -> None:
         pytest.param([("ep", 2), ("all ep", 4), ("", 1)], marks=pytest.mark.matrix),
         pytest.param(
             [("dp_shard x ep", 4), ("ep", 2), ("dp_shard", 2), ("", 1), ("all ep", 4), ("ep", 2)],
-            marks=pytest.mark.matrix,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             [("dp_replicate x dp_shard x ep", 8), ("", 1), ("dp_replicate x ep", 4)],
-            marks=pytest.mark.matrix,
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -19,23 +19,14 @@ from typing import Any
 
 import torch
 from machine import describe, markdown
+from one_gpu import config_of
 from timing import timed
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 import moe_compile
 
 MODES = ("none", "selective", "full", "hf")
-REAL = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "head_dim": 128,
-}
 TINY = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -51,8 +42,9 @@ TINY = {
 def build(mode: str, layers: int, *, tiny: bool, compiled: bool) -> PreTrainedModel:
     """The model with a mode of checkpointing."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = TINY if tiny else REAL
-    config = Qwen3MoeConfig(num_hidden_layers=layers, norm_topk_prob=True, use_cache=False, **sizes)
+    config = config_of(layers)
+    if tiny:
+        config.update(TINY)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3MoeForCausalLM(config).train()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "transformers.models.auto.modeling_auto", "moe_compile", "tests.ranks"]
+    ["torch", "transformers.models.auto.modeling_auto", "tests.traced_patterns", "tests.ranks"]
 )
 _TIMEOUT = 300
 

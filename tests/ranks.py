@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "transformers.models.auto.modeling_auto", "tests.traced_patterns", "tests.ranks"]
+    ["tests.first_capture", "torch._decomp.decompositions_for_jvp", "tests.ranks"]
 )
 _TIMEOUT = 300
 

@@ -18,7 +18,11 @@ from tests.parity import errors, experts_of, pooled, recorded_routing, too_large
 
 DTYPES = [torch.float32, torch.bfloat16]
 matrix = pytest.mark.matrix  # `make families` runs everything, `make test` a sample
-FORMS = ["two rows", pytest.param("one row", marks=matrix), pytest.param("padded", marks=matrix)]
+FORMS = [
+    pytest.param("two rows"),
+    pytest.param("one row", marks=matrix),
+    pytest.param("padded", marks=matrix),
+]
 STANCES = [
     pytest.param("force_eager", id="eager"),
     pytest.param("default", id="compiled", marks=matrix),
@@ -28,6 +32,14 @@ families = pytest.mark.parametrize("family", FAMILIES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 stances = pytest.mark.parametrize("stance", STANCES)
 forms = pytest.mark.parametrize("form", FORMS)
+
+
+def ways(compiled: str) -> pytest.MarkDecorator:
+    """Every form in eager mode, and one compiled: what compiles is the same code."""
+    eager = [pytest.param("force_eager", *form.values, marks=form.marks) for form in FORMS]
+    return pytest.mark.parametrize(
+        ("stance", "form"), [*eager, pytest.param("default", compiled, marks=matrix)]
+    )
 
 
 def call_of(form: str, seed: int = 0) -> dict[str, Any]:
@@ -103,8 +115,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 @families
-@forms
-@stances
+@ways(compiled="padded")
 def test_fp32_is_as_exact_as_the_original(family: str, form: str, stance: Any) -> None:
     models, call = pair(family, compiled=True), call_of(form)
     names = experts_of(models)
@@ -118,8 +129,7 @@ def test_fp32_is_as_exact_as_the_original(family: str, form: str, stance: Any) -
 
 
 @families
-@forms
-@stances
+@ways(compiled="one row")
 def test_bf16_is_as_exact_as_the_original(family: str, form: str, stance: Any) -> None:
     with torch.compiler.set_stance(stance):
         check_against_float64(pair(family, torch.bfloat16, compiled=True), form)

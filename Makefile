@@ -7,7 +7,7 @@ PROVEN ?= 98
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test families long fuzz check clean
+.PHONY: demo test families long mutants fuzz check clean
 
 demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/finetune.py
@@ -18,8 +18,11 @@ test: $(READY)
 long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
+
 families: fuzz
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m matrix
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m matrix
 
 fuzz: $(READY)
 	$(BIN)/moe-compile fuzz --blocks $(BLOCKS) --jobs 2 --share $(PROVEN)

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from moe_compile import ops
+from moe_compile.adapters import transformers as hf
 from moe_compile.capture.group import Group
 from moe_compile.install.count_picks import Router, routers
 from moe_compile.install.cut import cut
@@ -131,7 +132,7 @@ def _variants(
     owners = [model.get_submodule(name) for name in installation.owner_names()]
     found: list[Variant] = []
     impossible: OwnCodeFails | None = None
-    _check_single_path(units, installation.path)
+    _check_single_path(model, units, installation.path)
     for unit in units:
         nodes = lowered_nodes(unit, installation.path)
         for call in dict.fromkeys(node.meta["calls"][-1] for node in nodes):
@@ -154,13 +155,13 @@ def _variants(
     return tuple(found)
 
 
-def _check_single_path(units: list[UnitGraph], path: str) -> None:
+def _check_single_path(model: nn.Module, units: list[UnitGraph], path: str) -> None:
     """A module with collectives makes the same ones in every form in which it is called."""
     forms = [unit for unit in units if unit.prefix in ("", path)]
     spread = [any(n.meta["op"] is ops.dispatch for n in lowered_nodes(u, path)) for u in forms]
     if not any(spread):
         return
-    if path == "":
+    if path == "" and hf.is_pretrained(model):
         raise Refuse("its owner is the layer itself, which also runs with a key-value cache")
     if not all(spread):
         raise Refuse("its experts are found in some forms of its call only, and ranks may differ")

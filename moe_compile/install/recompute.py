@@ -5,6 +5,8 @@ products, attention, what came back from other ranks. Routing (top-k, the order 
 dispatch received) never runs again: a token near a tie, rounded in another way, would go to other
 experts in the backward than in the forward.
 
+A start and its wait are kept together, or run together: nothing is in flight for a wait alone.
+
 Both go by operator. A layer that runs uncompiled holds what those operators gave until the
 backward, needed or not; of a compiled one the partitioner keeps what the backward reads, and also
 what draws random numbers, to which torch counts every attention kernel.
@@ -25,6 +27,8 @@ from torch.utils.checkpoint import (
 
 from moe_compile.install.keep import keeping
 
+_DISPATCHERS = ("all_to_all", "deep_ep", "deep_ep_elastic")
+
 _ROUTING = (
     "aten::topk",
     "aten::sort",
@@ -33,9 +37,11 @@ _ROUTING = (
     "aten::max.dim",
     "aten::multinomial",
     "moe_compile::group_picks",
-    "moe_compile::all_to_all_dispatch",
-    "moe_compile::deep_ep_dispatch",
-    "moe_compile::deep_ep_elastic_dispatch",
+    *(
+        f"moe_compile::{name}_{op}"
+        for name in _DISPATCHERS
+        for op in ("dispatch", "start_dispatch", "wait_dispatch")
+    ),
 )
 """Operators that decide where tokens go; with an overload's name, that one alone."""
 
@@ -53,9 +59,11 @@ _DEAR = (
     "aten::_scaled_dot_product_attention_math",
     "flex_attention",
     "moe_compile::grouped_mm",
-    "moe_compile::all_to_all_combine",
-    "moe_compile::deep_ep_combine",
-    "moe_compile::deep_ep_elastic_combine",
+    *(
+        f"moe_compile::{name}_{op}"
+        for name in _DISPATCHERS
+        for op in ("combine", "start_combine", "wait_combine")
+    ),
 )
 
 KEPT: dict[str, frozenset[str]] = {

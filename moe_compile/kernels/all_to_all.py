@@ -40,20 +40,33 @@ def all_to_all_dispatch(
         rows sent to and received from each rank.
     """
     ranks = process_group(group)
-    local, first = num_experts // ranks.size(), num_experts // ranks.size() * ranks.rank()
+    source, splits = plan_dispatch(ids, num_experts, ranks)
+    sent, received = splits.tolist()
+    rows, their_ids, their_weights = (
+        _exchange(t.index_select(0, source), received, sent, ranks) for t in (x, ids, weights)
+    )
+    return rows, local_ids(their_ids, num_experts, ranks), their_weights, source, splits
+
+
+def plan_dispatch(
+    ids: Tensor, num_experts: int, ranks: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The source and the splits of a dispatch; waits for the device, and for all ranks."""
+    local = num_experts // ranks.size()
     owner = torch.where(ids >= 0, ids // local, -1)
     is_sent = (owner == torch.arange(ranks.size(), device=ids.device)[:, None, None]).any(-1)
     source = is_sent.nonzero()[:, 1].clone()  # contiguous() may keep the offset
     sent = is_sent.sum(1).cpu()
     received = torch.empty_like(sent)
     _exchange_counts(received, sent, ids.device, ranks)
-    outs, ins = received.tolist(), sent.tolist()
-    rows, their_ids, their_weights = (
-        _exchange(t.index_select(0, source), outs, ins, ranks) for t in (x, ids, weights)
-    )
-    is_here = (their_ids >= first) & (their_ids < first + local)
-    local_ids = torch.where(is_here, their_ids - first, -1)
-    return rows, local_ids, their_weights, source, torch.stack((sent, received))
+    return source, torch.stack((sent, received))
+
+
+def local_ids(ids: Tensor, num_experts: int, ranks: dist.ProcessGroup) -> Tensor:
+    """Ids of all experts as those of a rank's own: -1 for others."""
+    local, first = num_experts // ranks.size(), num_experts // ranks.size() * ranks.rank()
+    is_here = (ids >= first) & (ids < first + local)
+    return torch.where(is_here, ids - first, -1)
 
 
 def _exchange_counts(
@@ -76,24 +89,23 @@ def all_to_all_combine(
     """
     ranks = process_group(group)
     sent, received = splits.tolist()
-    # A token's rows are summed in float32, as they would be where all its experts are at home.
-    back = _exchange(y, sent, received, ranks).to(torch.promote_types(y.dtype, torch.float32))
-    out = _sum_of_tokens(back, source, sent, num_tokens).to(y.dtype)
+    out = sum_of_tokens(_exchange(y, sent, received, ranks), source, sent, num_tokens)
     if weights is None:
         return out, y.new_empty(0, 0)
-    back = _exchange(weights, sent, received, ranks)
-    return out, _sum_of_tokens(back, source, sent, num_tokens)
+    return out, sum_of_tokens(_exchange(weights, sent, received, ranks), source, sent, num_tokens)
 
 
-def _sum_of_tokens(rows: Tensor, source: Tensor, sent: list[int], num_tokens: int) -> Tensor:
+def sum_of_tokens(rows: Tensor, source: Tensor, sent: list[int], num_tokens: int) -> Tensor:
     """[num_tokens, W] of rows [V, W]: rank after rank, so that the sum has one order on a GPU too.
 
-    From one rank a token gets one row at most, so no two rows of a part meet.
+    From one rank a token gets one row at most, so no two rows of a part meet. They are summed in
+    float32, as they would be where all experts of a token are at home.
     """
-    out = rows.new_zeros(num_tokens, rows.shape[1])
-    for part, tokens in zip(rows.split(sent), source.split(sent), strict=True):
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    out = wide.new_zeros(num_tokens, rows.shape[1])
+    for part, tokens in zip(wide.split(sent), source.split(sent), strict=True):
         out.index_add_(0, tokens, part)
-    return out
+    return out.to(rows.dtype)
 
 
 @torch.library.custom_op("moe_compile::all_to_all_redispatch", mutates_args=())

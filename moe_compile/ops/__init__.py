@@ -9,9 +9,21 @@ from moe_compile.ops.gated_mlp import gated_mlp
 from moe_compile.ops.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.rms_norm import rms_norm
 from moe_compile.ops.rotary import rotary
+from moe_compile.ops.start_combine import start_combine
+from moe_compile.ops.start_dispatch import start_dispatch
+from moe_compile.ops.wait_combine import wait_combine
+from moe_compile.ops.wait_dispatch import wait_dispatch
+
+SENDS = (dispatch, start_dispatch)
+"""The ops with which tokens leave a rank."""
+
+JOURNEYS = (*SENDS, wait_dispatch, combine, start_combine, wait_combine)
+"""The ops that all ranks of a group must call together."""
 
 __all__ = [
+    "JOURNEYS",
     "OPS",
+    "SENDS",
     "CanonicalOp",
     "attention",
     "canonical",
@@ -22,4 +34,8 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
+    "start_combine",
+    "start_dispatch",
+    "wait_combine",
+    "wait_dispatch",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_compile import ops
 from moe_compile.kernels.all_to_all import all_to_all_combine, all_to_all_dispatch
+from moe_compile.kernels.all_to_all_pairs import PAIRS
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
@@ -33,6 +34,7 @@ def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Te
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.dispatch: _dispatch,
     ops.combine: _combine,
+    **PAIRS.implementations(),
 }
 
 
@@ -44,7 +46,7 @@ class AllToAllProvider:
     package: str | None = None
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
-        """Takes every call of the two ops of expert parallelism."""
+        """Takes every call of the ops of expert parallelism."""
         return None if op in _IMPLEMENTATIONS else Lacks(f"all_to_all does not compute {op.name}")
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:

@@ -115,6 +115,8 @@ class Report:
     Below the table are five lines for each experts that were refused: the near miss.
     `dispatchers` are the providers that carry tokens between ranks; to each belongs the reason why
     the one that was preferred, or asked for, could not. They are part of `mesh` in the dict.
+    `schedules` are what modules do while their tokens travel, or why they do nothing, by the
+    module's name in the first layer of its group; empty without a pass that overlaps.
     """
 
     sites: tuple[Site, ...]
@@ -123,6 +125,7 @@ class Report:
     mesh: dict[str, int] = field(default_factory=dict[str, int])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     dispatchers: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    schedules: dict[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and values."""
@@ -134,6 +137,7 @@ class Report:
             "passes": [asdict(step) for step in self.passes],
             "captures": self.captures,
             "mesh": self.mesh | ({"dispatchers": self.dispatchers} if self.dispatchers else {}),
+            "schedules": dict(self.schedules),
             "seconds": dict(self.seconds),
         }
 
@@ -149,6 +153,7 @@ class Report:
             lines.append("No mixture-of-experts block was found in this model.")
         for name, reason in self.dispatchers.items():
             lines.append(f"Tokens travel by {name}" + (f", as {reason}" if reason else "") + ".")
+        lines += [f"Schedule of {name}: {steps}." for name, steps in self.schedules.items()]
         lines += _choice_lines([choice for site in self.sites for choice in site.timings])
         timing = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
         lines.append(f"{self.captures} captures; {timing}")

@@ -10,7 +10,7 @@ from torch import fx
 from moe_compile.capture.group import Group, path_of
 from moe_compile.capture.unreached import Missed
 from moe_compile.install.sites import Installation
-from moe_compile.ops import attention, dispatch, experts
+from moe_compile.ops import SENDS, attention, experts
 from moe_compile.report import NearMissReport, PassSummary, Report, Site
 from moe_compile.rewrite.anchors import (
     is_attention,
@@ -19,6 +19,7 @@ from moe_compile.rewrite.anchors import (
     is_selection,
     selects_positions,
 )
+from moe_compile.rewrite.journeys import schedule
 from moe_compile.rewrite.matcher import NearMiss, source_of
 from moe_compile.rewrite.normal_form import aten
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -56,15 +57,24 @@ def summarize(
     sites.sort(key=lambda site: order.get(_unit_of(site, order), 0))
     graphs = {id(unit.graph): unit for unit in itertools.chain(*units)}
     passes = _passes(list(graphs.values()))
-    return Report(
-        (*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), _dispatchers(units)
-    )
+    travels = _dispatchers(units), _schedules(groups, units)
+    return Report((*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), *travels)
 
 
 def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
     nodes = [n for graphs in units for unit in graphs for n in unit.graph.nodes]
-    planned = [n.meta for n in nodes if n.meta.get("op") is dispatch]
+    planned = [n.meta for n in nodes if n.meta.get("op") in SENDS]
     return {meta["provider"]: meta["instead_of"] for meta in planned}
+
+
+def _schedules(groups: list[Group], units: list[list[UnitGraph]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for group, unit in ((group, unit) for group, all in zip(groups, units, strict=True) for unit in all[:1]):
+        steps = {path: schedule(unit, path) for path in unit.owners()}
+        told = {path: f"nothing is moved: {why}" for path, why in unit.not_overlapped.items()}
+        told |= {path: text for path, text in steps.items() if text is not None}
+        found |= {_full_name(group, path): text for path, text in told.items()}
+    return found
 
 
 def _unit_of(site: Site, order: dict[str, int]) -> str:

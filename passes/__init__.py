@@ -1,10 +1,12 @@
 """The passes, one a file, and their default order."""
 
 from moe_compile.passes.choose_providers import ChooseProviders
+from moe_compile.passes.chunk_tokens import ChunkTokens
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED
 from moe_compile.passes.lower import Lower
 from moe_compile.passes.normalize import Normalize
+from moe_compile.passes.overlap_shared_experts import OverlapSharedExperts
 from moe_compile.passes.raise_attention import RaiseAttention
 from moe_compile.passes.raise_experts import RaiseExperts
 from moe_compile.passes.raise_mlps import RaiseMLPs
@@ -31,9 +33,11 @@ PIPELINE = Pipeline(
 __all__ = [
     "PIPELINE",
     "ChooseProviders",
+    "ChunkTokens",
     "DispatchExperts",
     "Lower",
     "Normalize",
+    "OverlapSharedExperts",
     "RaiseAttention",
     "RaiseExperts",
     "RaiseMLPs",

@@ -34,7 +34,7 @@ class ChooseProviders(Pass):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             call = Call(args, kwargs, unit.mode.autocast, unit.ep)
             wanted = _wanted(node, unit)
-            if wanted is None and op is not ops.dispatch:
+            if wanted is None and op not in ops.SENDS:
                 node.meta |= _fastest(op, call, unit.contests, "data_ranks" in node.meta)
             else:
                 node.meta |= _plan(op, call, wanted)
@@ -43,21 +43,25 @@ class ChooseProviders(Pass):
 
 def _wanted(node: fx.Node, unit: UnitGraph) -> str | None:
     """What the user asked for; but who sent the tokens must bring them back."""
-    if node.target is not ops.combine:
+    if node.target in ops.SENDS:
+        return unit.wanted_providers.get(ops.dispatch.name)
+    if node.target not in ops.JOURNEYS:
         return unit.wanted_providers.get(node.target.name)  # type: ignore[union-attr]
-    handle: Any = node.args[1]
-    return handle.args[0].meta["provider"]
+    sent: Any = node.args[0]  # a flight, or the results whose handle is beside them
+    if node.target in (ops.combine, ops.start_combine):
+        sent = node.args[1].args[0]  # type: ignore[union-attr]
+    return sent.meta["provider"]
 
 
 def _plan(op: CanonicalOp[..., Any], call: Call, wanted: str | None) -> dict[str, Any]:
     """The notes for a node whose provider is asked for, or dispatches."""
-    if op is ops.dispatch:
-        provider, instead_of = choose_dispatcher(call, wanted)
+    if op in ops.SENDS:
+        provider, instead_of = choose_dispatcher(op, call, wanted)
         return _notes(op, provider) | {"instead_of": instead_of}
     try:
         provider, _ = choose(op, call, wanted)
     except Refuse as refusal:
-        assert op is not ops.combine, "who takes a dispatch takes its combine"
+        assert op not in ops.JOURNEYS, "who takes a dispatch takes its combine"
         raise ValueError(
             f"OptimizeConfig.providers got {wanted!r} for {op.name!r}, which refuses a call: "
             f"{refusal.reason}; it takes a provider that takes every call; leave the op out "

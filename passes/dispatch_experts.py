@@ -1,7 +1,6 @@
 """Let the tokens travel to the experts: dispatch, each rank's own experts, combine."""
 
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import torch
@@ -10,9 +9,16 @@ from torch import fx
 from moe_compile import ops
 from moe_compile.parallel.experts import own_experts, own_weights
 from moe_compile.parallel.layout import ExpertParallel
-from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNED
+from moe_compile.passes.facts import (
+    DISPATCH_WHOLE,
+    EXPERTS_PLACED,
+    LOWERED,
+    NORMALIZED,
+    PLANNED,
+)
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
+from moe_compile.rewrite.writing import Writer, received
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class DispatchExperts(Pass):
 
     name = "dispatch_experts"
     needs = frozenset({NORMALIZED})
-    gives = frozenset({EXPERTS_PLACED})
+    gives = frozenset({EXPERTS_PLACED, DISPATCH_WHOLE})
     breaks = frozenset({PLANNED, LOWERED})
 
     def run(self, unit: UnitGraph) -> int:
@@ -42,36 +48,36 @@ class _Placing:
     """Writes the nodes around one experts node."""
 
     def __init__(self, node: fx.Node, ep: ExpertParallel, name: str) -> None:
-        self.node, self.ep, self.graph = node, ep, node.graph
-        self.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        self.meta["made_by"] = (name, node.meta["made_by"][1])
+        self.node, self.ep = node, ep
+        self.writer = Writer.beside(node, name)
 
     def run(self) -> None:
         arguments: dict[str, Any] = ops.experts.arguments(*self.node.args, **self.node.kwargs)
-        x, up = arguments["x"], arguments["up"]
+        x, ids, routing, up = (arguments[name] for name in ("x", "ids", "weights", "up"))
         count: int = up.meta["val"].shape[0]
         _check_division(count, self.ep.size, up)
-        with self.graph.inserting_before(self.node):
-            values = (arguments[name] for name in ("x", "ids", "weights"))
-            given = (*values, count, self.ep.group, self.ep.max_tokens)
-            sent = self._add(ops.dispatch, given, _received(arguments))
+        with self.node.graph.inserting_before(self.node):
+            given = (x, ids, routing, count, self.ep.group, self.ep.max_tokens)
+            arrived = received(*(node.meta["val"] for node in (x, ids, routing)))
+            sent = self.writer.add(ops.dispatch, given, arrived)
             for i, name in enumerate(("x", "ids", "weights")):
-                arguments[name] = self._item(sent, i)
+                arguments[name] = self.writer.item(sent, i)
             weights = own_weights(arguments)
             is_stored = all(weight.op == "get_attr" for weight in weights.values())
             if not is_stored:
                 arguments |= {name: self._own(weight) for name, weight in weights.items()}
-            handle = self._item(sent, 3)
+            handle = self.writer.item(sent, 3)
             size = x.meta["val"].shape[0]
-            tokens = self._add(torch.ops.aten.sym_size.int, (x, 0), size)
+            tokens = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), size)
             out = self.node.meta["val"]
             rows = arguments["x"].meta["val"].shape[0]
-            result = self._add(ops.experts, (), out.new_empty(rows, *out.shape[1:]), arguments)
+            computed = out.new_empty(rows, *out.shape[1:])
+            result = self.writer.add(ops.experts, (), computed, arguments)
             if is_stored:
                 result.meta["data_ranks"] = self.ep.data_ranks
-            back = self._add(ops.combine, (result, handle, tokens, self.ep.group), out)
+            back = self.writer.add(ops.combine, (result, handle, tokens, self.ep.group), out)
         self.node.replace_all_uses_with(back)
-        self.graph.erase_node(self.node)
+        self.node.graph.erase_node(self.node)
 
     def _own(self, weight: fx.Node) -> fx.Node:
         """This rank's experts, of weights that the graph puts together from several parameters.
@@ -79,28 +85,8 @@ class _Placing:
         FSDP2 gathers those for the layer, and averages what each rank's own experts got.
         """
         full = weight.meta["val"]
-        return self._add(
-            own_experts, (weight, self.ep.group), full[: full.shape[0] // self.ep.size]
-        )
-
-    def _add(
-        self, target: Any, args: tuple[Any, ...], value: Any, kwargs: dict[str, Any] | None = None
-    ) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta = self.meta | {"val": value}
-        return node
-
-    def _item(self, node: fx.Node, index: int) -> fx.Node:
-        return self._add(getitem, (node, index), node.meta["val"][index])
-
-
-def _received(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Fake values of what dispatch returns: as many rows as the other ranks have for us."""
-    x, ids, weights = (arguments[name].meta["val"] for name in ("x", "ids", "weights"))
-    sizes = x.fake_mode.shape_env
-    with sizes.ignore_fresh_unbacked_symbols():  # no operator made it
-        rows = sizes.create_unbacked_symint()
-    return (*(t.new_empty(rows, t.shape[1]) for t in (x, ids, weights)), [ids.new_empty(rows)])
+        own = full[: full.shape[0] // self.ep.size]
+        return self.writer.add(own_experts, (weight, self.ep.group), own)
 
 
 def _check_division(count: int, ranks: int, weight: fx.Node) -> None:

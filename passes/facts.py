@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from moe_compile.ops import experts
+from moe_compile.ops import dispatch, experts, start_dispatch
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.patterns import (
     BatchedExperts,
@@ -36,6 +36,14 @@ def _placed(graph: fx.Graph) -> bool:
     return all("placed" in node.meta for node in graph.nodes if node.target is experts)
 
 
+def _whole(graph: fx.Graph) -> bool:
+    return not any(node.target is start_dispatch for node in graph.nodes)
+
+
+def _chunked(graph: fx.Graph) -> bool:
+    return not any(node.target is dispatch for node in graph.nodes)
+
+
 NORMALIZED = Fact("normalized", is_normal)
 NORMS_RAISED = none_left("norms_raised", RMSNorm(), RespelledNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
@@ -45,5 +53,7 @@ EXPERTS_RAISED = none_left(
     "experts_raised", GroupedExperts(), SortedExperts(), BatchedExperts(), ExpertLoop()
 )
 EXPERTS_PLACED = Fact("experts_placed", _placed)
+DISPATCH_WHOLE = Fact("dispatch_whole", _whole)
+TOKENS_CHUNKED = Fact("tokens_chunked", _chunked)
 PLANNED = Fact("planned", _planned)
 LOWERED = Fact("lowered", _lowered)

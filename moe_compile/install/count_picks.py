@@ -5,6 +5,7 @@ nothing of it is in a compiled graph.
 """
 
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from moe_compile import ops
 from moe_compile.install.emit import OWNER
 from moe_compile.kernels.add_picks import add_picks
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.parallel.chunks import token_chunks
 from moe_compile.rewrite.correction_bias import correction_bias
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -68,18 +70,25 @@ def routed(graph: fx.Graph) -> list[Block]:
     """The blocks of experts of a lowered graph, in order.
 
     Where experts are on several ranks, the nodes are the dispatches: what comes after them has the
-    picks of other ranks' tokens.
+    picks of other ranks' tokens. Of tokens in chunks it is the first.
     """
-    spread = [n for n in graph.nodes if n.meta.get("op") is ops.dispatch]
+    spread = [n for n in graph.nodes if n.meta.get("op") in ops.SENDS and not n.meta.get("chunk")]
     if spread:
-        return [_block(n, ops.dispatch) for n in spread]
+        return [_block(n, n.meta["op"]) for n in spread]
     return [_block(n, ops.experts) for n in graph.nodes if n.meta.get("op") is ops.experts]
 
 
 def _block(node: fx.Node, op: CanonicalOp[..., Any]) -> Block:
     given = op.arguments(*node.args, **node.kwargs)
-    experts = given["num_experts"] if op is ops.dispatch else given["up"].meta["val"].shape[0]
-    return Block(node, given["ids"], given["weights"], experts)
+    experts = given["num_experts"] if op in ops.SENDS else given["up"].meta["val"].shape[0]
+    return Block(node, _whole(given["ids"]), _whole(given["weights"]), experts)
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """What a chunk was cut from; other nodes as they are."""
+    cut = node.args[0] if node.target is getitem else None
+    is_chunk = isinstance(cut, fx.Node) and cut.target is token_chunks
+    return cut.args[0] if is_chunk else node  # type: ignore[union-attr, return-value]
 
 
 def routers(unit: UnitGraph, path: str) -> tuple[Router, ...]:

@@ -79,7 +79,7 @@ def variant(cut: Cut, mode: Mode, reads: dict[tuple[str, str], Any], owner: nn.M
         _own_reads(cut, reads),
         cut.drops_outputs,
         shared_weights(cut.graph),
-        any(node.meta.get("op") is ops.dispatch for node in cut.graph.nodes),
+        any(node.meta.get("op") in ops.SENDS for node in cut.graph.nodes),
     )
 
 
@@ -95,7 +95,7 @@ def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
     alone = fx.Graph()
     alone.output(alone.graph_copy(graph, {}))
     for node in list(alone.nodes):
-        if node.meta.get("op") in (ops.dispatch, ops.combine):
+        if node.meta.get("op") in ops.JOURNEYS:
             node.target = node.meta["op"].reference
         if node.target is own_experts:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

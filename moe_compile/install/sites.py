@@ -158,7 +158,7 @@ def _variants(
 def _check_single_path(model: nn.Module, units: list[UnitGraph], path: str) -> None:
     """A module with collectives makes the same ones in every form in which it is called."""
     forms = [unit for unit in units if unit.prefix in ("", path)]
-    spread = [any(n.meta["op"] is ops.dispatch for n in lowered_nodes(u, path)) for u in forms]
+    spread = [any(n.meta["op"] in ops.SENDS for n in lowered_nodes(u, path)) for u in forms]
     if not any(spread):
         return
     if path == "" and hf.is_pretrained(model):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from moe_compile import ops
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.all_to_all import AllToAllProvider
 from moe_compile.providers.deepep import DeepEPProvider
@@ -67,14 +66,18 @@ def choose(
     raise Refuse(f"no provider takes {op.name}: " + "; ".join(r.reason for r in refusals))
 
 
-def choose_dispatcher(call: Call, wanted: str | None = None) -> tuple[Provider, str | None]:
+def choose_dispatcher(
+    op: CanonicalOp[..., Any], call: Call, wanted: str | None = None
+) -> tuple[Provider, str | None]:
     """Who dispatches: `wanted`, or DeepEP, or else all_to_all, which takes every call.
+
+    `op` is `dispatch`, or `start_dispatch`.
 
     Returns:
         the provider, and why it had to be all_to_all instead of the other one.
     """
     first, last = _named(wanted or "deepep"), _named("all_to_all")
-    refusal = first.supports(ops.dispatch, call)
+    refusal = first.supports(op, call)
     return (first, None) if refusal is None else (last, refusal.reason)
 
 

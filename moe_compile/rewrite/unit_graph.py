@@ -39,6 +39,7 @@ class UnitGraph:
         ep: the ranks that share the experts, None where each has all of them.
         contests: decides between providers; None for the first that takes a call.
         near_misses: the best failed attempt of every pattern.
+        not_overlapped: why nothing runs while a module's tokens travel, by its name.
     """
 
     name: str
@@ -53,6 +54,7 @@ class UnitGraph:
     contests: Contests | None = None
     raised: fx.Graph | None = None
     near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
+    not_overlapped: dict[str, str] = field(default_factory=dict[str, str])
     records: list[PassRecord] = field(default_factory=list[PassRecord])
 
     @classmethod

@@ -55,7 +55,8 @@ class _Chunking:
     def __init__(self, journey: Journey, chunks: int, name: str) -> None:
         self.journey, self.chunks = journey, chunks
         self.writer = Writer.beside(journey.dispatch, name)
-        self.group = journey.dispatch.args[4]
+        self.count, self.group, most = journey.dispatch.args[3:6]
+        self.most = None if most is None else -(-most // chunks)  # type: ignore[operator]
         self.after: fx.Node | None = None
 
     def run(self) -> None:
@@ -87,9 +88,7 @@ class _Chunking:
         return self.writer.add(num_tokens, (chunk,), chunk.meta["val"].shape[0])
 
     def _start(self, x: fx.Node, ids: fx.Node, weights: fx.Node, chunk: int) -> fx.Node:
-        count, group, most = self.journey.dispatch.args[3:6]
-        bound = None if most is None else -(-most // self.chunks)  # type: ignore[operator]
-        given = x, ids, weights, count, group, bound, self.after
+        given = x, ids, weights, self.count, self.group, self.most, self.after
         values = [node.meta["val"] for node in (x, ids, weights)]
         return self._chain(ops.start_dispatch, given, [values[0].new_empty(1), *values], chunk)
 
@@ -98,7 +97,7 @@ class _Chunking:
     ) -> fx.Node:
         values = [node.meta["val"] for node in tokens]
         arrived = (*received(*values), values[0].new_empty(1))
-        sent = self._chain(ops.wait_dispatch, (flight, self.group, self.after), arrived, chunk)
+        sent = self._chain(ops.wait_dispatch, (flight, self.group, self.most, self.after), arrived, chunk)
         names = ("x", "ids", "weights")
         rows = {name: self.writer.item(sent, i) for i, name in enumerate(names)}
         experts = self.journey.experts

@@ -16,6 +16,9 @@ from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.unit_graph import UnitGraph, copy_graph
 
+_ARRIVALS = (ops.dispatch, ops.wait_dispatch)
+_RETURNS = (ops.combine, ops.wait_combine)
+
 During = Literal["dispatch", "combine"]
 
 
@@ -74,7 +77,7 @@ class _Overlap:
 
     def __init__(self, unit: UnitGraph, first: fx.Node, during: During) -> None:
         self.unit, self.graph, self.first = unit, unit.graph, first
-        self.target = ops.wait_dispatch if during == "dispatch" else ops.wait_combine
+        self.targets = {"dispatch": _ARRIVALS, "combine": _RETURNS}[during]
         self.calls: tuple[int, ...] = first.meta["calls"]
 
     def run(self, name: str) -> None:
@@ -99,9 +102,9 @@ class _Overlap:
 
         Of a module that is called, all nodes or none.
         """
-        inside = self._inside(call)
-        bound, start = self._before() | self._behind(), inside.index(self.first)
-        early, late = set(inside[:start]), set(inside[start:])
+        inside, behind = self._inside(call), self._behind()
+        bound, place = self._before() | behind, inside.index(self._place(behind))
+        early, late = set(inside[:place]), set(inside[place:])
         fixed: set[Any] = {_item(n, call) for n in inside if n in bound or n.target in ops.JOURNEYS}
         while True:
             stay = {n for n in inside if _item(n, call) in fixed}
@@ -115,6 +118,10 @@ class _Overlap:
             if not torn:
                 return moving
             fixed |= torn
+
+    def _place(self, behind: set[fx.Node]) -> fx.Node:
+        """The first node before which something is in flight."""
+        return next(n for n in self.graph.nodes if n in behind and n.target in self.targets)
 
     def _inside(self, call: int) -> list[fx.Node]:
         """The nodes between the begin and the end of a call."""
@@ -150,9 +157,8 @@ class _Overlap:
         self.calls = self.first.meta["calls"]
 
     def _move(self, owner: int) -> None:
-        work, behind = self._movable(owner), self._behind()
-        wait = next(n for n in self.graph.nodes if n in behind and n.target is self.target)
-        for node in work:
+        wait = self._place(self._behind())
+        for node in self._movable(owner):
             wait.prepend(node)
 
     def _check(self, owner: int) -> None:

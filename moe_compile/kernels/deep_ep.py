@@ -7,8 +7,8 @@ traced again, recomputed and reordered:
 * the backward of dispatch is `deep_ep_combine` with the weights' gradient beside the rows';
 * the backward of combine is `deep_ep_redispatch`: no layout, no waiting.
 
-Every rank of the group must make each call, with any number of tokens. No event outlives an op:
-each ends on the current stream. Dispatch waits for the device once, to learn how many rows come;
+Every rank of the group must make each call, with any number of tokens. No event outlives one of
+these ops: each ends on the current stream (`deep_ep_pairs` has those that do not). Dispatch waits for the device once, to learn how many rows come;
 but not where `max_tokens` bounds T on every rank. U is then what could come at most, R times the
 bound, and the rows that did not come are at the end: ids of -1, weights of 0, and whatever the
 memory held. Combine never reads them, and redispatch leaves such rows in its result, too.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
+from moe_compile.kernels.in_flight import Land
 
 BUFFERS: dict[str, Any] = {}
 """The one buffer of each process group, by the group's name."""
@@ -102,12 +103,30 @@ def deep_ep_dispatch(
         [R, R], of channels sent [R, C] and received [R, C], the source of each row [U], whether a
         token goes to a rank [T, R], and the heads of the queues of what was sent [T, R].
     """
+    return begin_dispatch(x, ids, weights, num_experts, group, max_tokens)[1]()
+
+
+def begin_dispatch(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None,
+    *,
+    is_async: bool = False,
+) -> tuple[Tensor, Land]:
+    """Starts the kernels of a dispatch; the rest is all that `deep_ep_dispatch` returns.
+
+    Returns:
+        whether a token goes to a rank [T, R], which is known at once, and what gives the rest.
+    """
     check_bound(x.shape[0], max_tokens)
     _wait_for_counts(group, x.device, max_tokens)
     buffer = _buffer(x.shape[1], group)
     picks = ids.to(torch.int64).contiguous()
     per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
-    rows, local_ids, their_weights, _, handle, _ = buffer.dispatch(
+    rows, local_ids, their_weights, _, handle, event = buffer.dispatch(
         x.contiguous(),
         num_tokens_per_rank=per_rank,
         is_token_in_rank=is_sent,
@@ -115,9 +134,22 @@ def deep_ep_dispatch(
         topk_idx=picks,
         topk_weights=weights.to(torch.float32).contiguous(),
         num_worst_tokens=(max_tokens or 0) * process_group(group).size(),
+        async_finish=is_async,
     )
-    their_weights.masked_fill_(local_ids < 0, 0)  # they are already, but of rows that did not come
-    return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        # They are already, but of rows that did not come.
+        their_weights.masked_fill_(local_ids < 0, 0)
+        return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
+
+    return is_sent, land
+
+
+def wait_for(event: Any, is_async: bool) -> None:
+    """Lets the current stream wait for kernels that it does not wait for already."""
+    if is_async:
+        event.current_stream_wait()
 
 
 @torch.library.custom_op("moe_compile::deep_ep_combine", mutates_args=())
@@ -129,21 +161,47 @@ def deep_ep_combine(
     Returns:
         [T, H] and [T, K], or [0, 0] without weights. Sums are in float32.
     """
+    return begin_combine(y, weights, handle, group)()
+
+
+def begin_combine(
+    y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str, *, is_async: bool = False
+) -> Land:
+    """Starts the kernels of a combine; the rest is all that `deep_ep_combine` returns."""
     # DeepEP writes into the heads of the queues, and an op must not change what it is given.
     private = (*handle[:5], handle[5].clone())
     sent = None if weights is None else weights.to(torch.float32).contiguous()
     buffer = _buffer(y.shape[1], group)
-    out, back, _ = buffer.combine(y.contiguous(), private, topk_weights=sent)
-    if weights is None:
-        return out, y.new_empty(0, 0)
-    return out, back.to(weights.dtype)
+    out, back, event = buffer.combine(
+        y.contiguous(), private, topk_weights=sent, async_finish=is_async
+    )
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        return out, y.new_empty(0, 0) if weights is None else back.to(weights.dtype)
+
+    return land
 
 
 @torch.library.custom_op("moe_compile::deep_ep_redispatch", mutates_args=())
 def deep_ep_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
     """Send g [T, H] as dispatch sent x; returns [U, H]."""
-    rows: Tensor = _buffer(g.shape[1], group).dispatch(g.contiguous(), handle=tuple(handle))[0]
-    return rows
+    return begin_redispatch(g, handle, group)()[0]
+
+
+def begin_redispatch(
+    g: Tensor, handle: list[Tensor], group: str, *, is_async: bool = False
+) -> Land:
+    """Starts the kernels of a redispatch."""
+    rows, *_, event = _buffer(g.shape[1], group).dispatch(
+        g.contiguous(), handle=tuple(handle), async_finish=is_async
+    )
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        return (rows,)
+
+    return land
 
 
 @deep_ep_dispatch.register_fake

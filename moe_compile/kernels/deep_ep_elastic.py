@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
-from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library
+from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library, wait_for
+from moe_compile.kernels.in_flight import Land
 
 _LEAST_BOUND = 256
 """Below it a buffer is small anyway, and every bound costs a compilation."""
@@ -98,18 +99,56 @@ def elastic_dispatch(
         of the rows in the buffer [U], and their sources [U, 2 + K]; the places of what was sent
         [T, K], and its picks [T, K].
     """
+    return begin_dispatch(x, ids, weights, num_experts, group, max_tokens)()
+
+
+def begin_dispatch(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: str,
+    max_tokens: int | None,
+    *,
+    is_async: bool = False,
+) -> Land:
+    """Starts the kernels of a dispatch; the rest is all that `elastic_dispatch` returns."""
     check_bound(x.shape[0], max_tokens)
     bound = max_tokens or _bound(x.shape[0], x.device, group)
-    arrived, picked, weighed, handle, _ = _buffer(bound, x.shape[1], ids.shape[1], group).dispatch(
+    buffer = _buffer(bound, x.shape[1], ids.shape[1], group)
+    arrived, picked, weighed, handle, event = buffer.dispatch(
         x.contiguous(),
         topk_idx=ids.to(torch.int64).contiguous(),
         topk_weights=weights.to(torch.float32).contiguous(),
         num_experts=num_experts,
         num_max_tokens_per_rank=bound,
         do_cpu_sync=max_tokens is None,
+        async_with_compute_stream=is_async,
     )
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        rows, local_ids, their_weights, order, source = _ordered(arrived, picked, weighed, handle)
+        return (
+            rows,
+            local_ids.to(ids.dtype),
+            their_weights.to(weights.dtype),
+            handle.psum_num_recv_tokens_per_scaleup_rank,
+            handle.psum_num_recv_tokens_per_expert.clone(),  # a slice
+            torch.tensor([num_experts, bound, handle.num_sms]),
+            order,
+            source,
+            handle.dst_buffer_slot_idx,
+            handle.topk_idx,
+        )
+
+    return land
+
+
+def _ordered(arrived: Tensor, picked: Tensor, weighed: Tensor, handle: Any) -> tuple[Tensor, ...]:
+    """What came, by rank and token; the order, and the sources in it."""
     per_rank, sources = handle.psum_num_recv_tokens_per_scaleup_rank, handle.recv_src_metadata
-    is_missing = torch.arange(sources.shape[0], device=x.device) >= per_rank[-1]
+    is_missing = torch.arange(sources.shape[0], device=arrived.device) >= per_rank[-1]
     order = sources[:, 0].masked_fill(is_missing, _LAST).argsort()
     rows, local_ids, their_weights, source = (
         t.index_select(0, order) for t in (arrived, picked, weighed, sources)
@@ -117,18 +156,7 @@ def elastic_dispatch(
     local_ids.masked_fill_(is_missing[:, None], -1)
     # The way back brings a weight's gradient from its expert's rank alone: others get zeros.
     their_weights.masked_fill_(local_ids < 0, 0)
-    return (
-        rows,
-        local_ids.to(ids.dtype),
-        their_weights.to(weights.dtype),
-        per_rank,
-        handle.psum_num_recv_tokens_per_expert.clone(),  # a slice
-        torch.tensor([num_experts, bound, handle.num_sms]),
-        order,
-        source,
-        handle.dst_buffer_slot_idx,
-        handle.topk_idx,
-    )
+    return rows, local_ids, their_weights, order, source
 
 
 @torch.library.custom_op("moe_compile::deep_ep_elastic_combine", mutates_args=())
@@ -141,22 +169,51 @@ def elastic_combine(
         [T, H], sums in float32; and [T, K], of each pick what its expert's rank gave, or [0, 0]
         without weights.
     """
+    return begin_combine(y, weights, handle, group)()
+
+
+def begin_combine(
+    y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str, *, is_async: bool = False
+) -> Land:
+    """Starts the kernels of a combine; the rest is all that `elastic_combine` returns."""
     theirs, picks = _library_handle(handle), handle[6].shape[1]
     buffer = _buffer(theirs.num_max_tokens_per_rank, y.shape[1], picks, group)
     sent = None if weights is None else weights.to(torch.float32).contiguous()
-    out, back, _ = buffer.combine(y.contiguous(), theirs, topk_weights=sent)
-    if weights is None:
-        return out, y.new_empty(0, 0)
-    return out, back.to(weights.dtype)
+    out, back, event = buffer.combine(
+        y.contiguous(), theirs, topk_weights=sent, async_with_compute_stream=is_async
+    )
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        return out, y.new_empty(0, 0) if weights is None else back.to(weights.dtype)
+
+    return land
 
 
 @torch.library.custom_op("moe_compile::deep_ep_elastic_redispatch", mutates_args=())
 def elastic_redispatch(g: Tensor, handle: list[Tensor], group: str) -> Tensor:
     """Send g [T, H] as dispatch sent x; returns [U, H]."""
+    return begin_redispatch(g, handle, group)()[0]
+
+
+def begin_redispatch(
+    g: Tensor, handle: list[Tensor], group: str, *, is_async: bool = False
+) -> Land:
+    """Starts the kernels of a redispatch."""
     theirs, picks = _library_handle(handle), handle[6].shape[1]
     buffer = _buffer(theirs.num_max_tokens_per_rank, g.shape[1], picks, group)
-    rows: Tensor = buffer.dispatch(g.contiguous(), handle=theirs, num_sms=theirs.num_sms)[0]
-    return rows.index_select(0, handle[3])
+    rows, *_, event = buffer.dispatch(
+        g.contiguous(),
+        handle=theirs,
+        num_sms=theirs.num_sms,
+        async_with_compute_stream=is_async,
+    )
+
+    def land() -> tuple[Tensor, ...]:
+        wait_for(event, is_async)
+        return (rows.index_select(0, handle[3]),)
+
+    return land
 
 
 @elastic_dispatch.register_fake
@@ -170,20 +227,28 @@ def _(
 ) -> Any:
     ranks = process_group(group).size()
     rows = torch.library.get_ctx().new_dynamic_size() if max_tokens is None else max_tokens * ranks
-    tokens, picks = ids.shape
-    new = functools.partial(ids.new_empty, dtype=torch.int32)
     return (
         x.new_empty(rows, x.shape[1]),
-        ids.new_empty(rows, picks),
-        weights.new_empty(rows, picks),
+        ids.new_empty(rows, ids.shape[1]),
+        weights.new_empty(rows, ids.shape[1]),
+        *fake_handle(ids, rows, *ids.shape, ranks, num_experts // ranks),
+    )
+
+
+def fake_handle(
+    like: Tensor, rows: Any, tokens: Any, picks: int, ranks: int, local: int
+) -> list[Tensor]:
+    """The tensors of a handle without their data."""
+    new = functools.partial(like.new_empty, dtype=torch.int32)
+    return [
         new((ranks,)),
-        new((num_experts // ranks,)),
-        ids.new_empty(3, dtype=torch.int64, device="cpu"),
-        ids.new_empty(rows, dtype=torch.int64),
+        new((local,)),
+        like.new_empty(3, dtype=torch.int64, device="cpu"),
+        like.new_empty(rows, dtype=torch.int64),
         new((rows, 2 + picks)),
         new((tokens, picks)),
-        ids.new_empty((tokens, picks), dtype=torch.int64),
-    )
+        like.new_empty((tokens, picks), dtype=torch.int64),
+    ]
 
 
 complete(elastic_dispatch, elastic_combine, elastic_redispatch)

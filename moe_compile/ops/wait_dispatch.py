@@ -8,7 +8,10 @@ from moe_compile.ops.canonical import canonical
 
 @canonical
 def wait_dispatch(
-    flight: list[Tensor], group: str, after: Tensor | None = None
+    flight: list[Tensor],
+    group: str,
+    max_tokens: int | None = None,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Wait for what a `start_dispatch` has begun.
 
@@ -16,7 +19,7 @@ def wait_dispatch(
 
     Args:
         flight: From `start_dispatch`; it is waited for once.
-        group: As in `start_dispatch`.
+        group, max_tokens: As in `start_dispatch`.
         after: As in `start_dispatch`.
 
     Returns:

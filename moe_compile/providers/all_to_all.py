@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe_compile import ops
 from moe_compile.kernels.all_to_all import all_to_all_combine, all_to_all_dispatch
-from moe_compile.kernels.all_to_all_pairs import PAIRS
+from moe_compile.kernels.all_to_all_pairs import DISPATCHER
+from moe_compile.kernels.pairs import implementations
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
@@ -34,7 +35,7 @@ def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Te
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.dispatch: _dispatch,
     ops.combine: _combine,
-    **PAIRS.implementations(),
+    **implementations(DISPATCHER),
 }
 
 

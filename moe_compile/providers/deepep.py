@@ -12,6 +12,8 @@ from torch import Tensor
 from moe_compile import ops
 from moe_compile.kernels.deep_ep import deep_ep_combine, deep_ep_dispatch, library
 from moe_compile.kernels.deep_ep_elastic import elastic_combine, elastic_dispatch
+from moe_compile.kernels.deep_ep_pairs import DISPATCHER, ELASTIC
+from moe_compile.kernels.pairs import implementations
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.providers.provider import Call, Lacks
@@ -69,7 +71,7 @@ def _elastic_combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: st
 
 V1 = Interface(
     "Buffer",
-    {ops.dispatch: _dispatch, ops.combine: _combine},
+    {ops.dispatch: _dispatch, ops.combine: _combine, **implementations(DISPATCHER)},
     ranks=(2, 4, 8),
     width=16,
     # Half a row of bfloat16 and a barrier of 8 bytes share 8192 bytes; a wider row traps.
@@ -78,7 +80,11 @@ V1 = Interface(
 )
 V2 = Interface(
     "ElasticBuffer",
-    {ops.dispatch: _elastic_dispatch, ops.combine: _elastic_combine},
+    {
+        ops.dispatch: _elastic_dispatch,
+        ops.combine: _elastic_combine,
+        **implementations(ELASTIC),
+    },
     ranks=None,
     # Each of the 32 threads of a warp sums 8 numbers at a time.
     width=256,
@@ -107,7 +113,7 @@ class DeepEPProvider:
         """Refuse what DeepEP would stop at, or trap on, with the limit that it breaks."""
         if op not in V1.implementations:
             return Lacks(f"deepep does not compute {op.name}")
-        if op is ops.combine:
+        if op not in ops.SENDS:
             return None  # of a dispatch that was taken
         reason = _problem(call, call.arguments(op))
         return None if reason is None else Refuse(reason)

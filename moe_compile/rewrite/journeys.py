@@ -36,12 +36,12 @@ class Journey:
             the start of dispatch.
         """
         x, ids, weights = (given.meta["val"] for given in self.dispatch.args[:3])  # type: ignore[union-attr]
-        done, group = x.new_empty(1), self.dispatch.args[4]
+        done = x.new_empty(1)
         writer = Writer.beside(self.dispatch, made_by)
         with writer.graph.inserting_before(self.dispatch):
             first = writer.add(ops.start_dispatch, self.dispatch.args, [done, x, ids, weights])
             arrived = (*self.dispatch.meta["val"], done)
-            wait = writer.add(ops.wait_dispatch, (first, group), arrived)
+            wait = writer.add(ops.wait_dispatch, (first, *self.dispatch.args[4:]), arrived)
         _replace(self.dispatch, wait)
         out = self.combine.meta["val"]
         with writer.graph.inserting_before(self.combine):
@@ -62,14 +62,14 @@ def _replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-_STEPS = {
-    ops.dispatch: "dispatch",
-    ops.start_dispatch: "dispatch starts",
-    ops.wait_dispatch: "dispatch waits",
-    ops.experts: "experts",
-    ops.combine: "combine",
-    ops.start_combine: "combine starts",
-    ops.wait_combine: "combine waits",
+_STEPS: dict[Any, tuple[str, ...]] = {
+    ops.dispatch: ("dispatch",),
+    ops.start_dispatch: ("dispatch", "starts"),
+    ops.wait_dispatch: ("dispatch", "waits"),
+    ops.experts: ("experts",),
+    ops.combine: ("combine",),
+    ops.start_combine: ("combine", "starts"),
+    ops.wait_combine: ("combine", "waits"),
 }
 
 
@@ -88,11 +88,12 @@ def schedule(unit: UnitGraph, path: str) -> str | None:
     return " | ".join(dict.fromkeys(step for step in steps if step))
 
 
-def _step(unit: UnitGraph, node: fx.Node, depth: int) -> str | None:
+def _step(unit: UnitGraph, node: fx.Node, depth: int) -> str:
     below = node.meta["calls"][depth:]
     if below:
         return unit.path(below[0]).rpartition(".")[2]
-    name = _STEPS.get(node.meta.get("op"))
-    if name is not None and "chunk" in node.meta:
-        return f"{name} {node.meta['chunk']}"
-    return name or (str(node.target) if node.target in PRODUCTS else None)
+    if node.target in PRODUCTS:
+        return str(node.target)
+    name, *verb = _STEPS.get(node.meta.get("op"), ("",))
+    number = [str(node.meta["chunk"])] if "chunk" in node.meta and name else []
+    return " ".join((name, *number, *verb))

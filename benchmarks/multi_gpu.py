@@ -18,6 +18,8 @@ tokens of its own, and each peer its own launch of all ranks. Peers:
     moe_all_to_all    moe_compile, tokens travel by all_to_all
     moe_deepep        by DeepEP
     moe_deepep_bound  by DeepEP, with `max_tokens_per_rank`: it never waits for the device
+    moe_..._chunks    any of these three with the pass chunk_tokens, in two chunks
+    moe_..._shared    with overlap_shared_experts; it needs `--shared`; _chunks_shared is both
 
 First forward and backward are measured with fixed weights and without an optimizer, then whole
 steps with fused AdamW. Times are medians over the steps of the slowest rank, tokens/s are of
@@ -36,6 +38,7 @@ Options:
     --no-optimizer  forward and backward only
     --timeout S     seconds after which a launch is ended (400)
     --logs FOLDER   keep what every launch printed
+    --shared N      another model, whose layers also have a shared expert of width N (0: none)
     --tiny          tiny widths, CPU, gloo, an emulation in tests/ in place of DeepEP
 
     --check         loss and gradients against the unsharded model, of at most two layers, whose
@@ -43,6 +46,9 @@ Options:
                     any rank; `against` is the worst error of anything against moe_all_to_all
     --curve N       N steps on a text's bytes, every peer from the same weights on the same data,
                     and how far each loss is from the first peer's (hf, moe_deepep)
+    --trace FOLDER  a profiler's trace of one step of every peer, a file for each rank, and how many
+                    microseconds of rank 0's communication ran while something was computed: on a
+                    GPU, kernels; on a CPU, gloo's exchanges beside products
     --dispatch      dispatch and combine alone: 8192 tokens of width 2048 on each rank, top 8 of
                     128 experts; bytes are the rows that a rank must send to others
 
@@ -80,7 +86,7 @@ PEERS = (
     "moe_deepep",
     "moe_deepep_bound",
 )
-NUMBERS = ("ranks", "layers", "length", "warmup", "steps", "curve")
+NUMBERS = ("ranks", "layers", "length", "warmup", "steps", "curve", "shared")
 FLAGS = ("optimizer", "check", "dispatch", "tiny")
 HEADER = ("peer", "batch", "forward, backward", "tokens/s", "peak", "step", "peak with optimizer")
 
@@ -98,6 +104,8 @@ def main() -> None:
         tables.append(check_table(args))
     if args.curve:
         tables.append(curve_table(args))
+    if args.trace:
+        tables.append(trace_table(args))
     if args.dispatch:
         tables.append(dispatch_table(args))
     tables = tables or [step_table(args)]
@@ -113,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("peers", nargs="*")
-    for name, default in zip(NUMBERS, (0, 8, 4096, 3, 8, 0), strict=True):
+    for name, default in zip(NUMBERS, (0, 8, 4096, 3, 8, 0, 0), strict=True):
         options.add_argument(f"--{name}", type=int, default=default)
     for name in FLAGS:
         start = name == "optimizer"
@@ -121,15 +129,17 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, nargs="+", default=[1])
     options.add_argument("--timeout", type=float, default=400)
     options.add_argument("--logs", type=Path)
+    options.add_argument("--trace", type=Path)
     options.add_argument("--one", type=Path, help="do a rank's work here, and write its result")
     return options
 
 
 def launch(peer: str, batch: int, args: argparse.Namespace, **parts: Any) -> Any:
     """What rank 0 of a launch found; None, and a line, if it failed."""
-    given = vars(args) | {"curve": 0, "check": False, "dispatch": False} | parts
+    given = vars(args) | {"curve": 0, "check": False, "dispatch": False, "trace": None} | parts
     numbers = [f"--{name}={given[name]}" for name in NUMBERS]
     flags = [f"--{name}" if given[name] else f"--no-{name}" for name in FLAGS]
+    flags += [f"--trace={given['trace'].resolve()}"] if given["trace"] else []
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -180,11 +190,15 @@ def reason(log: Path, ended: bool) -> str:
 def work(args: argparse.Namespace) -> None:
     """One rank of a launch; rank 0 writes what was found."""
     set_up(args)
-    if args.check or args.curve or args.dispatch:
+    if args.trace:
+        from multi_gpu_trace import trace
+
+        found: Any = trace(args)
+    elif args.check or args.curve or args.dispatch:
         import multi_gpu_checks as checks
 
         part = checks.check if args.check else checks.curve if args.curve else checks.dispatch
-        found: Any = part(args)
+        found = part(args)
     else:
         found = measure(args)
     dist.barrier()
@@ -325,6 +339,18 @@ def curve_table(args: argparse.Namespace) -> str:
     rows.append(("largest difference", *(f"{max(each):.4f}" for each in apart)))
     rows.append(("mean difference", *(f"{statistics.mean(each):.4f}" for each in apart)))
     return markdown(("step", *losses), rows)
+
+
+def trace_table(args: argparse.Namespace) -> str:
+    """What of the communication of each peer ran beside computation."""
+    header = ("peer", "batch", "communication", "beside computation", "computation", "step")
+    rows = [
+        (peer, str(batch), *(f"{microseconds:,.0f} us" for microseconds in found))
+        for batch in args.batch
+        for peer in args.peers or PEERS
+        if (found := launch(peer, batch, args, trace=args.trace)) is not None
+    ]
+    return markdown(header, rows)
 
 
 def dispatch_table(args: argparse.Namespace) -> str:

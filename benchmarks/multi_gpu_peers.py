@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 KERNELS: dict[str, dict[str, Any]] = {
     "automodel": {"attn": "te", "linear": "te", "rms_norm": "te"},
@@ -36,6 +43,14 @@ def shape_of(args: argparse.Namespace) -> Qwen3MoeConfig:
 
         config.update(TINY | {"vocab_size": VOCABULARY})
     return config
+
+
+def with_shared_expert(config: Qwen3MoeConfig, width: int) -> Qwen2MoeConfig:
+    """A model of the same widths whose layers have a shared expert, too."""
+    names = "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads num_experts num_experts_per_tok norm_topk_prob use_cache"
+    sizes = {name: getattr(config, name) for name in names.split()}
+    return Qwen2MoeConfig(shared_expert_intermediate_size=width, qkv_bias=False, **sizes)
 
 
 def build(peer: str, args: argparse.Namespace, **options: Any) -> nn.Module:
@@ -58,7 +73,11 @@ def on_meta(args: argparse.Namespace) -> PreTrainedModel:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         kinds = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
-        model = Qwen3MoeForCausalLM._from_config(shape_of(args), **kinds).train()
+        config: PreTrainedConfig = shape_of(args)
+        kind: type[PreTrainedModel] = Qwen3MoeForCausalLM
+        if args.shared:
+            config, kind = with_shared_expert(shape_of(args), args.shared), Qwen2MoeForCausalLM
+        model = kind._from_config(config, **kinds).train()
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -82,16 +101,28 @@ def moe(
     """moe_compile's, with all ranks sharing out the experts."""
     import moe_compile
 
-    dispatcher: Any = "all_to_all" if peer == "moe_all_to_all" else "deepep"
-    bound = args.bound if peer == "moe_deepep_bound" else None
+    dispatcher: Any = "all_to_all" if peer.startswith("moe_all_to_all") else "deepep"
+    bound = args.bound if "bound" in peer else None
     options = {"compile": {"backend": args.backend}, "max_tokens_per_rank": bound} | options
     config = moe_compile.OptimizeConfig(dispatcher=dispatcher, **options)
     mesh = init_device_mesh(args.device, (args.ranks,), **MESH)
-    model = moe_compile.optimize(model, mesh, config)
+    model = moe_compile.optimize(model, mesh, config, passes=passes_of(peer))
     report = moe_compile.report(model)
+    if dist.get_rank() == 0:
+        print(report, flush=True)
     if list(report.dispatchers) != [dispatcher]:
         raise RuntimeError(f"tokens do not travel by {dispatcher}: {report.dispatchers}")
     return model
+
+
+def passes_of(peer: str) -> Any:
+    """The order of passes that a peer's name asks for."""
+    from moe_compile import PIPELINE
+    from moe_compile.passes import ChunkTokens, OverlapSharedExperts
+
+    chunks = [ChunkTokens(2)] if "chunks" in peer else []
+    shared = [OverlapSharedExperts()] if "shared" in peer else []
+    return PIPELINE.after("dispatch_experts", *chunks, *shared)
 
 
 def automodel(peer: str, config: Qwen3MoeConfig, args: argparse.Namespace) -> nn.Module:

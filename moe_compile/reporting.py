@@ -69,11 +69,13 @@ def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
 
 def _schedules(groups: list[Group], units: list[list[UnitGraph]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for group, unit in ((group, unit) for group, all in zip(groups, units, strict=True) for unit in all[:1]):
-        steps = {path: schedule(unit, path) for path in unit.owners()}
-        told = {path: f"nothing is moved: {why}" for path, why in unit.not_overlapped.items()}
-        told |= {path: text for path, text in steps.items() if text is not None}
-        found |= {_full_name(group, path): text for path, text in told.items()}
+    for group, graphs in zip(groups, units, strict=True):
+        for unit in graphs[:1]:
+            for path in unit.owners():
+                why = unit.not_overlapped.get(path)
+                told = [schedule(unit, path), why and f"nothing is moved: {why}"]
+                if any(told):
+                    found[_full_name(group, path)] = "; ".join(filter(None, told))
     return found
 
 

@@ -8,7 +8,13 @@ from torch import fx
 
 from moe_compile import ops
 from moe_compile.parallel.chunks import num_tokens, token_chunks
-from moe_compile.passes.facts import DISPATCH_WHOLE, EXPERTS_PLACED, LOWERED, PLANNED, TOKENS_CHUNKED
+from moe_compile.passes.facts import (
+    DISPATCH_WHOLE,
+    EXPERTS_PLACED,
+    LOWERED,
+    PLANNED,
+    TOKENS_CHUNKED,
+)
 from moe_compile.rewrite.journeys import Journey, journeys
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
@@ -97,7 +103,9 @@ class _Chunking:
     ) -> fx.Node:
         values = [node.meta["val"] for node in tokens]
         arrived = (*received(*values), values[0].new_empty(1))
-        sent = self._chain(ops.wait_dispatch, (flight, self.group, self.most, self.after), arrived, chunk)
+        sent = self._chain(
+            ops.wait_dispatch, (flight, self.group, self.most, self.after), arrived, chunk
+        )
         names = ("x", "ids", "weights")
         rows = {name: self.writer.item(sent, i) for i, name in enumerate(names)}
         experts = self.journey.experts

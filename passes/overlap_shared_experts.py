@@ -58,12 +58,13 @@ class OverlapSharedExperts(Pass):
             whole = unit.graph
             unit.graph = copy_graph(whole)
             block = _blocks(unit.graph)[at]
+            path = unit.owner(block)
             try:
                 _Overlap(unit, block, self.during).run(self.name)
                 changed += 1
             except Refuse as refusal:
                 unit.graph = whole
-                unit.not_overlapped[unit.owner(block)] = refusal.reason
+                unit.not_overlapped[path] = refusal.reason
         return changed
 
 
@@ -153,7 +154,10 @@ class _Overlap:
                 self.graph.erase_node(node)
             elif not crossed.isdisjoint(node.meta.get("calls", ())):
                 calls = tuple(c for c in node.meta["calls"] if c not in crossed)
-                node.meta |= {"calls": calls, "crosses": node.meta.get("crosses", frozenset()) | crossed}
+                node.meta |= {
+                    "calls": calls,
+                    "crosses": node.meta.get("crosses", frozenset()) | crossed,
+                }
         self.calls = self.first.meta["calls"]
 
     def _move(self, owner: int) -> None:
@@ -164,7 +168,9 @@ class _Overlap:
     def _check(self, owner: int) -> None:
         """Refuses an owner whose function could not be installed, or on some ranks only."""
         if any(map(is_random, (n for n in self.graph.nodes if owner in n.meta.get("calls", ())))):
-            raise Refuse("the module around its experts draws random numbers, in an order that counts")
+            raise Refuse(
+                "the module around its experts draws random numbers, in an order that counts"
+            )
         piece = cut(self.unit, owner)
         if piece.conditions is not None or self.unit.calls[owner].optional:
             raise Refuse("the module around its experts asks for sizes, so ranks could differ")

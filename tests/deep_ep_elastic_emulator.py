@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.deep_ep_emulator import check_fill, check_matrix, meet, padded
+from tests.deep_ep_emulator import EventOverlap, begun, check_fill, check_matrix, meet, padded
 
 topk_idx_t = torch.int64
 ALIGNMENT = 2 << 20
@@ -24,10 +24,6 @@ _GARBAGE = -77
 def install() -> None:
     """Makes `import deep_ep` find this module."""
     sys.modules["deep_ep"] = sys.modules[__name__]
-
-
-class EventOverlap:
-    """Nothing runs asynchronously here."""
 
 
 class EPHandle:
@@ -158,7 +154,6 @@ class ElasticBuffer:
         check_fill()
         assert not do_expand, "not emulated"
         assert not do_zero_padding
-        assert not async_with_compute_stream, "not emulated"
         assert do_handle_copy, "not emulated"
         if num_sms == 0:
             num_sms = self.get_theoretical_num_sms(num_experts, 1)
@@ -167,7 +162,8 @@ class ElasticBuffer:
             assert topk_weights is None, "not emulated"
             assert not do_cpu_sync, "Cannot do CPU sync with cached handle"
             self._check_rows(x, handle.topk_idx, handle.num_experts, handle.num_max_tokens_per_rank)
-            return *self._redispatch(x, handle), None, handle, EventOverlap()
+            sent = begun(async_with_compute_stream, *self._redispatch(x, handle))
+            return *sent[:2], None, handle, sent[2]
         assert topk_idx is not None
         assert topk_weights is not None, "dispatch without weights is not emulated"
         assert num_experts is not None
@@ -195,15 +191,19 @@ class ElasticBuffer:
             extra, listed = self._missing(per_rank, bound), []
             arrived, weights = (padded(t, extra, self.unwritten) for t in (arrived, weights))
             local, source = (padded(t, extra, _GARBAGE) for t in (local, source))
+        total = int(per_expert.sum())
+        results = arrived, local, weights, topk_idx.clone(), per_rank, ends, source, slots
+        shown = begun(async_with_compute_stream, *results)
+        arrived, local, weights, kept, per_rank, ends, source, slots, event = shown
         made = EPHandle(
             False,
             num_experts,
             1,
             bound,
             num_sms,
-            topk_idx.clone(),
+            kept,
             len(arrived),
-            int(per_expert.sum()),
+            total,
             listed,
             per_rank,
             ends[1:],
@@ -213,7 +213,7 @@ class ElasticBuffer:
             None,
             None,
         )
-        return arrived, local, weights, made, EventOverlap()
+        return arrived, local, weights, made, event
 
     def combine(
         self,
@@ -230,7 +230,6 @@ class ElasticBuffer:
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         check_fill()
         assert bias is None, "not emulated"
-        assert not async_with_compute_stream, "not emulated"
         assert (num_sms or handle.num_sms) > 0
         tokens, picks = handle.topk_idx.shape
         self._check_width(x)
@@ -246,10 +245,12 @@ class ElasticBuffer:
         is_due = (owners[:, None] == torch.arange(self.num_ranks)[:, None]).any(-1)
         out = torch.where(is_due[..., None], back, 0.0).sum(1).to(x.dtype)
         if topk_weights is None:
-            return out, None, EventOverlap()
+            out, event = begun(async_with_compute_stream, out)
+            return out, None, event
         given = self._bring(topk_weights, handle)
         taken = given.gather(1, owners.clamp(min=0)[:, None]).squeeze(1)
-        return out, torch.where(handle.topk_idx >= 0, taken, 0.0), EventOverlap()
+        weights = torch.where(handle.topk_idx >= 0, taken, 0.0)
+        return begun(async_with_compute_stream, out, weights)
 
     def _redispatch(self, x: Tensor, handle: EPHandle) -> tuple[Tensor, Tensor]:
         assert handle.expert_alignment == 1

@@ -37,7 +37,23 @@ class Config:
 
 
 class EventOverlap:
-    """Nothing runs asynchronously here."""
+    """Of an asynchronous call: until it is waited for, its results are garbage."""
+
+    def __init__(self, pending: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.pending = pending
+
+    def current_stream_wait(self) -> None:
+        assert self.pending is not None, "the call was not asynchronous"
+        for shown, real in self.pending:
+            shown.copy_(real)
+
+
+def begun(is_async: bool, *results: Tensor) -> tuple[Any, ...]:
+    """The results and the event of a call."""
+    if not is_async:
+        return *results, EventOverlap()
+    shown = [torch.full_like(t, float("nan") if t.is_floating_point() else -77) for t in results]
+    return *shown, EventOverlap(list(zip(shown, results, strict=True)))
 
 
 class Buffer:
@@ -132,7 +148,8 @@ class Buffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            return self._redispatch(x, handle, config), None, None, None, None, EventOverlap()
+            sent, event = begun(async_finish, self._redispatch(x, handle, config))
+            return sent, None, None, None, None, event
         assert num_tokens_per_rank is not None
         assert is_token_in_rank is not None
         assert num_tokens_per_expert is not None
@@ -163,7 +180,10 @@ class Buffer:
             rows, weights = (padded(t, extra, self.unwritten) for t in (rows, weights))
             picks, counts = padded(picks, extra, -1), []
             handle = (*handle[:3], padded(handle[3], extra, 1 << 30), *handle[4:])
-        return rows, picks, weights, counts, handle, EventOverlap()
+        *handle_before, is_sent, heads = handle
+        shown = begun(async_finish, rows, picks, weights, *handle_before, heads)
+        rows, picks, weights, *handle_before, heads, event = shown
+        return rows, picks, weights, counts, (*handle_before, is_sent, heads), event
 
     def combine(
         self,
@@ -195,7 +215,10 @@ class Buffer:
         out = self._sum(x, handle).to(x.dtype)
         weights = None if topk_weights is None else self._sum(topk_weights, handle)
         heads.masked_fill_(heads < 0, -(1 << 25) - 1)  # it does write into its handle
-        return out, weights, EventOverlap()
+        if weights is None:
+            out, event = begun(async_finish, out)
+            return out, None, event
+        return begun(async_finish, out, weights)
 
     def _redispatch(self, x: Tensor, handle: Handle, config: Config) -> Tensor:
         rank_prefix, channel_prefix, _, source, is_token_in_rank, _ = handle

@@ -48,9 +48,7 @@ def all_to_all_dispatch(
     return rows, local_ids(their_ids, num_experts, ranks), their_weights, source, splits
 
 
-def plan_dispatch(
-    ids: Tensor, num_experts: int, ranks: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def plan_dispatch(ids: Tensor, num_experts: int, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The source and the splits of a dispatch; waits for the device, and for all ranks."""
     local = num_experts // ranks.size()
     owner = torch.where(ids >= 0, ids // local, -1)

@@ -8,10 +8,11 @@ traced again, recomputed and reordered:
 * the backward of combine is `deep_ep_redispatch`: no layout, no waiting.
 
 Every rank of the group must make each call, with any number of tokens. No event outlives one of
-these ops: each ends on the current stream (`deep_ep_pairs` has those that do not). Dispatch waits for the device once, to learn how many rows come;
-but not where `max_tokens` bounds T on every rank. U is then what could come at most, R times the
-bound, and the rows that did not come are at the end: ids of -1, weights of 0, and whatever the
-memory held. Combine never reads them, and redispatch leaves such rows in its result, too.
+these ops: each ends on the current stream (`deep_ep_pairs` is for those that do not). Dispatch
+waits for the device once, to learn how many rows come; but not where `max_tokens` bounds T on every
+rank. U is then what could come at most, R times the bound, and the rows that did not come are at
+the end: ids of -1, weights of 0, and whatever the memory held. Combine never reads them, and
+redispatch leaves such rows in its result, too.
 
 Below, T are a rank's tokens, U the rows it receives, R the ranks, C the channels: half the SMs.
 """

@@ -8,8 +8,8 @@ def token_chunks(t: Tensor, count: int) -> list[Tensor]:
 
     Some are empty where T is smaller than `count`: every rank has as many.
     """
-    ends = [t.shape[0] * i // count for i in range(count + 1)]
-    sizes = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    total = t.shape[0]
+    sizes = [total * (i + 1) // count - total * i // count for i in range(count)]
     return list(t.split(sizes))
 
 

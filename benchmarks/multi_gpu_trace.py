@@ -1,0 +1,84 @@
+"""How much of a step's communication runs beside computation, from a profiler's trace."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from multi_gpu_peers import build, loss_of, shape_of
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+Span = tuple[float, float]
+
+COMMUNICATION = ("nccl", "deep_ep", "gloo:")
+"""What the names of exchanges hold: NCCL's and DeepEP's kernels, and gloo's on a CPU."""
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm")
+
+
+def trace(args: argparse.Namespace) -> list[float]:
+    """Microseconds of this rank: communication, what of it is beside computation, that, and all."""
+    peer, rank = args.peers[0], dist.get_rank()
+    model = build(peer, args)
+    generator = torch.Generator().manual_seed(rank + 1)
+    shape = args.batch[0], args.length
+    ids = torch.randint(shape_of(args).vocab_size, shape, generator=generator).to(args.device)
+    for _ in range(args.warmup):
+        step(peer, model, ids)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not args.tiny)
+    with profile(activities=activities) as found:
+        step(peer, model, ids)
+        if not args.tiny:
+            torch.cuda.synchronize()
+    args.trace.mkdir(parents=True, exist_ok=True)
+    file = args.trace / f"{peer}-{args.batch[0]}-rank{rank}.json"
+    found.export_chrome_trace(str(file))
+    return measured(file, on_gpu=not args.tiny)
+
+
+def step(peer: str, model: Any, ids: Tensor) -> None:
+    """A forward and backward."""
+    loss_of(peer, model, ids).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def measured(file: Path, *, on_gpu: bool) -> list[float]:
+    """The microseconds of a trace: see `trace`."""
+    events = [e for e in json.loads(file.read_text())["traceEvents"] if e.get("ph") == "X"]
+    kernels = [e for e in events if e.get("cat") == "kernel"] if on_gpu else events
+    exchanges = [e for e in kernels if any(word in e["name"] for word in COMMUNICATION)]
+    if on_gpu:
+        computing = [e for e in kernels if e not in exchanges]
+    else:
+        computing = [e for e in kernels if e["name"] in PRODUCTS]
+    away, busy = spans(exchanges), spans(computing)
+    return [
+        length(away),
+        length(away) + length(busy) - length(merged(away + busy)),
+        length(busy),
+    ] + [length([(min(a for a, _ in away + busy), max(b for _, b in away + busy))])]
+
+
+def spans(events: Iterable[dict[str, Any]]) -> list[Span]:
+    """When events of one kind ran, without overlaps."""
+    return merged([(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events])
+
+
+def merged(every: list[Span]) -> list[Span]:
+    """The union of spans."""
+    union: list[Span] = []
+    for start, end in sorted(every):
+        if union and start <= union[-1][1]:
+            union[-1] = union[-1][0], max(end, union[-1][1])
+        else:
+            union.append((start, end))
+    return union
+
+
+def length(every: list[Span]) -> float:
+    """The microseconds in spans that do not overlap."""
+    return sum(end - start for start, end in every)

@@ -56,11 +56,9 @@ def measured(file: Path, *, on_gpu: bool) -> list[float]:
     else:
         computing = [e for e in kernels if e["name"] in PRODUCTS]
     away, busy = spans(exchanges), spans(computing)
-    return [
-        length(away),
-        length(away) + length(busy) - length(merged(away + busy)),
-        length(busy),
-    ] + [length([(min(a for a, _ in away + busy), max(b for _, b in away + busy))])]
+    both = merged(away + busy)
+    beside = length(away) + length(busy) - length(both)
+    return [length(away), beside, length(busy), both[-1][1] - both[0][0]]
 
 
 def spans(events: Iterable[dict[str, Any]]) -> list[Span]:

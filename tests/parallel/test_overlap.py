@@ -19,27 +19,33 @@ from tests.counting import CountOps
 from tests.pairs import COMPILED, error, step
 from tests.parallel.models import (
     EXPERTS_ONLY,
+    MESHES,
     call_of,
     check_step,
     gathered,
     no_graph_breaks,
-    optimized,
     small,
 )
 from tests.ranks import on_ranks
 
 WIDTH = 40  # of each expert, and of nothing beside them
-SHARED = {"family": "deepseek_v3", "first_k_dense_replace": 0, "moe_intermediate_size": WIDTH}
+SHARED: dict[str, Any] = {
+    "family": "deepseek_v3",
+    "first_k_dense_replace": 0,
+    "moe_intermediate_size": WIDTH,
+}
 STEPS = "dispatch starts | shared_experts | dispatch waits | experts | combine starts"
 ONCE = ("aten::topk", "moe_compile::group_picks")
 Values = dict[str, Tensor]
 
 
-def overlapped(model: nn.Module, *steps: Pass, **options: Any) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
-    config = OptimizeConfig(**{"compile": False, "verify": "off", "autocast": False} | options)
+def overlapped(model: nn.Module, *steps: Pass, mesh: str = "ep", **options: Any) -> Any:
+    shape, names = MESHES[mesh]
+    ranks = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    given: dict[str, Any] = {"compile": False, "verify": "off", "autocast": False} | options
+    config = OptimizeConfig(**given)
     passes = EXPERTS_ONLY.after("dispatch_experts", *steps)
-    return moe_compile.optimize(copy.deepcopy(model), mesh, config, passes=passes)
+    return moe_compile.optimize(copy.deepcopy(model), ranks, config, passes=passes)
 
 
 def run(model: nn.Module) -> tuple[Values, Counter[str]]:
@@ -187,7 +193,7 @@ def alone(experts: nn.Module, tokens: int) -> Values:
 def other_passes() -> None:
     """All ranks must overlap alike."""
     steps = [ChunkTokens(2 + dist.get_rank())]
-    with pytest.raises(ValueError, match="what they are about to do"):
+    with pytest.raises(ValueError, match="different plans on its ranks"):
         overlapped(small(), *steps)
 
 
@@ -197,19 +203,16 @@ def on_two() -> None:
     other_passes()
 
 
-def on_two_recomputed() -> None:
-    recomputed(False)
+def compiled_and_recomputed() -> None:
     with no_graph_breaks():
         recomputed(COMPILED.compile)
 
 
 def on_four() -> None:
-    """Against one process with all data."""
-    model = small(n_routed_experts=8, **SHARED)
-    made = overlapped(model, ChunkTokens(2), OverlapSharedExperts())
+    """Against one process with all data, where the experts' weights are gathered for each chunk."""
+    model = small(**SHARED)
+    made = overlapped(model, ChunkTokens(2), OverlapSharedExperts(), mesh="dp_shard x ep")
     check_step(made, model)
-    mesh_model = small()
-    check_step(optimized(copy.deepcopy(mesh_model), "dp_shard x ep"), mesh_model)
 
 
 def test_every_way_of_running() -> None:
@@ -217,7 +220,12 @@ def test_every_way_of_running() -> None:
 
 
 def test_recomputation_dispatches_once() -> None:
-    on_ranks(2, on_two_recomputed)
+    on_ranks(2, recomputed, False)
+
+
+@pytest.mark.matrix
+def test_compiled_recomputation_dispatches_once() -> None:
+    on_ranks(2, compiled_and_recomputed)
 
 
 def test_on_four_ranks() -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import fx
@@ -48,7 +50,7 @@ def test_each_op_comes_after_the_one_before_it() -> None:
     ChunkTokens(3).run(unit)
     chain = [n for n in journeys(unit) if n.target is not ops.experts]
     assert chain[0].args[-1] is None
-    for before, node in zip(chain[:-1], chain[1:], strict=True):
+    for before, node in itertools.pairwise(chain):
         done = node.args[-1]
         assert isinstance(done, fx.Node)
         assert done.args[0] is before

@@ -232,7 +232,7 @@ def test_refuses_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_who_dispatches(wanted: str | None, hidden: int, name: str, reason: str | None) -> None:
-    provider, why = choose_dispatcher(call_of(hidden=hidden), wanted)
+    provider, why = choose_dispatcher(dispatch, call_of(hidden=hidden), wanted)
     assert provider.name == name
     assert why == reason or (reason is not None and why is not None and why.startswith(reason))
 

@@ -70,11 +70,11 @@ class _Chunking:
         with combine.graph.inserting_before(combine):
             tokens = list(zip(*map(self._cut, self.journey.dispatch.args[:3]), strict=True))
             sizes = [self._size(x) for x, _, _ in tokens]
-            departed = [self._start(*tokens[0], 0)]
+            departed = [self._start(tokens[0], 0)]
             back: list[fx.Node] = []
             for i in range(self.chunks):
                 if i + 1 < self.chunks:
-                    departed.append(self._start(*tokens[i + 1], i + 1))
+                    departed.append(self._start(tokens[i + 1], i + 1))
                 back.append(self._compute(departed[i], tokens[i], sizes[i], i))
             outs = [self._wait(*each, i) for i, each in enumerate(zip(back, sizes, strict=True))]
             whole = self.writer.add(torch.ops.aten.cat.default, (outs, 0), combine.meta["val"])
@@ -93,9 +93,9 @@ class _Chunking:
     def _size(self, chunk: fx.Node) -> fx.Node:
         return self.writer.add(num_tokens, (chunk,), chunk.meta["val"].shape[0])
 
-    def _start(self, x: fx.Node, ids: fx.Node, weights: fx.Node, chunk: int) -> fx.Node:
-        given = x, ids, weights, self.count, self.group, self.most, self.after
-        values = [node.meta["val"] for node in (x, ids, weights)]
+    def _start(self, tokens: tuple[fx.Node, ...], chunk: int) -> fx.Node:
+        given = *tokens, self.count, self.group, self.most, self.after
+        values = [node.meta["val"] for node in tokens]
         return self._chain(ops.start_dispatch, given, [values[0].new_empty(1), *values], chunk)
 
     def _compute(

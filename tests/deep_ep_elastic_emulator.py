@@ -162,7 +162,8 @@ class ElasticBuffer:
             assert topk_weights is None, "not emulated"
             assert not do_cpu_sync, "Cannot do CPU sync with cached handle"
             self._check_rows(x, handle.topk_idx, handle.num_experts, handle.num_max_tokens_per_rank)
-            sent = begun(async_with_compute_stream, *self._redispatch(x, handle))
+            read = x, handle.dst_buffer_slot_idx, handle.topk_idx
+            sent = begun(async_with_compute_stream, *self._redispatch(x, handle), read=read)
             return *sent[:2], None, handle, sent[2]
         assert topk_idx is not None
         assert topk_weights is not None, "dispatch without weights is not emulated"
@@ -193,7 +194,8 @@ class ElasticBuffer:
             local, source = (padded(t, extra, _GARBAGE) for t in (local, source))
         total = int(per_expert.sum())
         results = arrived, local, weights, topk_idx.clone(), per_rank, ends, source, slots
-        shown = begun(async_with_compute_stream, *results)
+        given = x, topk_idx, topk_weights
+        shown = begun(async_with_compute_stream, *results, read=given)
         arrived, local, weights, kept, per_rank, ends, source, slots, event = shown
         made = EPHandle(
             False,
@@ -245,12 +247,12 @@ class ElasticBuffer:
         is_due = (owners[:, None] == torch.arange(self.num_ranks)[:, None]).any(-1)
         out = torch.where(is_due[..., None], back, 0.0).sum(1).to(x.dtype)
         if topk_weights is None:
-            out, event = begun(async_with_compute_stream, out)
+            out, event = begun(async_with_compute_stream, out, read=(x, handle.recv_src_metadata))
             return out, None, event
         given = self._bring(topk_weights, handle)
         taken = given.gather(1, owners.clamp(min=0)[:, None]).squeeze(1)
         weights = torch.where(handle.topk_idx >= 0, taken, 0.0)
-        return begun(async_with_compute_stream, out, weights)
+        return begun(async_with_compute_stream, out, weights, read=(x, topk_weights))
 
     def _redispatch(self, x: Tensor, handle: EPHandle) -> tuple[Tensor, Tensor]:
         assert handle.expert_alignment == 1

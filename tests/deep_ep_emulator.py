@@ -37,23 +37,33 @@ class Config:
 
 
 class EventOverlap:
-    """Of an asynchronous call: until it is waited for, its results are garbage."""
+    """Of an asynchronous call: until it is waited for, its results are garbage.
 
-    def __init__(self, pending: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        self.pending = pending
+    What it reads must be as it was until then.
+    """
+
+    def __init__(
+        self,
+        pending: list[tuple[Tensor, Tensor]] | None = None,
+        read: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.pending, self.read = pending, read or []
 
     def current_stream_wait(self) -> None:
         assert self.pending is not None, "the call was not asynchronous"
+        for now, then in self.read:
+            assert torch.equal(now.nan_to_num(-7.0), then.nan_to_num(-7.0)), "what is sent changed"
         for shown, real in self.pending:
             shown.copy_(real)
 
 
-def begun(is_async: bool, *results: Tensor) -> tuple[Any, ...]:
-    """The results and the event of a call."""
+def begun(is_async: bool, *results: Tensor, read: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The results and the event of a call that reads some tensors."""
     if not is_async:
         return *results, EventOverlap()
     shown = [torch.full_like(t, float("nan") if t.is_floating_point() else -77) for t in results]
-    return *shown, EventOverlap(list(zip(shown, results, strict=True)))
+    pending = list(zip(shown, results, strict=True))
+    return *shown, EventOverlap(pending, [(t, t.clone()) for t in read])
 
 
 class Buffer:
@@ -148,7 +158,9 @@ class Buffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            sent, event = begun(async_finish, self._redispatch(x, handle, config))
+            sent, event = begun(
+                async_finish, self._redispatch(x, handle, config), read=(x, *handle)
+            )
             return sent, None, None, None, None, event
         assert num_tokens_per_rank is not None
         assert is_token_in_rank is not None
@@ -181,7 +193,8 @@ class Buffer:
             picks, counts = padded(picks, extra, -1), []
             handle = (*handle[:3], padded(handle[3], extra, 1 << 30), *handle[4:])
         *handle_before, is_sent, heads = handle
-        shown = begun(async_finish, rows, picks, weights, *handle_before, heads)
+        given = x, topk_idx, topk_weights
+        shown = begun(async_finish, rows, picks, weights, *handle_before, heads, read=given)
         rows, picks, weights, *handle_before, heads, event = shown
         return rows, picks, weights, counts, (*handle_before, is_sent, heads), event
 
@@ -216,9 +229,10 @@ class Buffer:
         weights = None if topk_weights is None else self._sum(topk_weights, handle)
         heads.masked_fill_(heads < 0, -(1 << 25) - 1)  # it does write into its handle
         if weights is None:
-            out, event = begun(async_finish, out)
+            out, event = begun(async_finish, out, read=(x, *handle))
             return out, None, event
-        return begun(async_finish, out, weights)
+        assert topk_weights is not None
+        return begun(async_finish, out, weights, read=(x, topk_weights, *handle))
 
     def _redispatch(self, x: Tensor, handle: Handle, config: Config) -> Tensor:
         rank_prefix, channel_prefix, _, source, is_token_in_rank, _ = handle

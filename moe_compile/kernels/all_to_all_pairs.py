@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import local_ids, plan_dispatch, process_group, sum_of_tokens
-from moe_compile.kernels.in_flight import Land
+from moe_compile.kernels.in_flight import Land, private
 from moe_compile.kernels.pairs import Dispatcher, Known
 
 
 def _begin(
     rows: Sequence[Tensor], received: list[int], sent: list[int], ranks: dist.ProcessGroup
 ) -> Land:
-    """Exchanges rows: how many come from each rank, and how many go there."""
-    given = [t.contiguous() for t in rows]
+    """Exchanges rows, which nobody else has: how many come from each rank, and go there."""
+    given = list(rows)
     results = tuple(t.new_empty(sum(received), *t.shape[1:]) for t in given)
     works: list[Any] = [
         dist.all_to_all_single(out, t, received, sent, group=ranks, async_op=True)
@@ -54,7 +54,7 @@ def _begin_dispatch(
 def _begin_combine(y: Tensor, weights: Tensor | None, handle: Known, group: str) -> Land:
     source, splits, tokens = handle
     sent, received = splits.tolist()
-    given = [y] if weights is None else [y, weights]
+    given = [private(t) for t in (y, weights) if t is not None]
     arrive = _begin(given, sent, received, process_group(group))
 
     def land() -> tuple[Tensor, ...]:

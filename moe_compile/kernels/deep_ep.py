@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
-from moe_compile.kernels.in_flight import Land
+from moe_compile.kernels.in_flight import Land, private
 
 BUFFERS: dict[str, Any] = {}
 """The one buffer of each process group, by the group's name."""
@@ -104,7 +104,8 @@ def deep_ep_dispatch(
         [R, R], of channels sent [R, C] and received [R, C], the source of each row [U], whether a
         token goes to a rank [T, R], and the heads of the queues of what was sent [T, R].
     """
-    return begin_dispatch(x, ids, weights, num_experts, group, max_tokens)[1]()
+    results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens)[1]()
+    return results
 
 
 def begin_dispatch(
@@ -125,15 +126,15 @@ def begin_dispatch(
     check_bound(x.shape[0], max_tokens)
     _wait_for_counts(group, x.device, max_tokens)
     buffer = _buffer(x.shape[1], group)
-    picks = ids.to(torch.int64).contiguous()
+    x, picks, weighed = sent(is_async, x, ids.to(torch.int64), weights.to(torch.float32))
     per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
     rows, local_ids, their_weights, _, handle, event = buffer.dispatch(
-        x.contiguous(),
+        x,
         num_tokens_per_rank=per_rank,
         is_token_in_rank=is_sent,
         num_tokens_per_expert=per_expert,
         topk_idx=picks,
-        topk_weights=weights.to(torch.float32).contiguous(),
+        topk_weights=weighed,
         num_worst_tokens=(max_tokens or 0) * process_group(group).size(),
         async_finish=is_async,
     )
@@ -145,6 +146,11 @@ def begin_dispatch(
         return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
 
     return is_sent, land
+
+
+def sent(is_async: bool, *tensors: Tensor) -> list[Tensor]:
+    """What kernels may read, also after the op that starts them."""
+    return [private(t) if is_async else t.contiguous() for t in tensors]
 
 
 def wait_for(event: Any, is_async: bool) -> None:
@@ -162,7 +168,8 @@ def deep_ep_combine(
     Returns:
         [T, H] and [T, K], or [0, 0] without weights. Sums are in float32.
     """
-    return begin_combine(y, weights, handle, group)()
+    results: Any = begin_combine(y, weights, handle, group)()
+    return results
 
 
 def begin_combine(
@@ -170,12 +177,11 @@ def begin_combine(
 ) -> Land:
     """Starts the kernels of a combine; the rest is all that `deep_ep_combine` returns."""
     # DeepEP writes into the heads of the queues, and an op must not change what it is given.
-    private = (*handle[:5], handle[5].clone())
-    sent = None if weights is None else weights.to(torch.float32).contiguous()
+    own = (*sent(is_async, *handle[:5]), handle[5].clone())
+    given = [y] if weights is None else [y, weights.to(torch.float32)]
+    rows, *weighed = sent(is_async, *given)
     buffer = _buffer(y.shape[1], group)
-    out, back, event = buffer.combine(
-        y.contiguous(), private, topk_weights=sent, async_finish=is_async
-    )
+    out, back, event = buffer.combine(rows, own, *weighed, async_finish=is_async)
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)
@@ -195,7 +201,7 @@ def begin_redispatch(
 ) -> Land:
     """Starts the kernels of a redispatch."""
     rows, *_, event = _buffer(g.shape[1], group).dispatch(
-        g.contiguous(), handle=tuple(handle), async_finish=is_async
+        *sent(is_async, g), handle=tuple(sent(is_async, *handle)), async_finish=is_async
     )
 
     def land() -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
-from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library, wait_for
+from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library, sent, wait_for
 from moe_compile.kernels.in_flight import Land
 
 _LEAST_BOUND = 256
@@ -99,7 +99,8 @@ def elastic_dispatch(
         of the rows in the buffer [U], and their sources [U, 2 + K]; the places of what was sent
         [T, K], and its picks [T, K].
     """
-    return begin_dispatch(x, ids, weights, num_experts, group, max_tokens)()
+    results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens)()
+    return results
 
 
 def begin_dispatch(
@@ -116,10 +117,11 @@ def begin_dispatch(
     check_bound(x.shape[0], max_tokens)
     bound = max_tokens or _bound(x.shape[0], x.device, group)
     buffer = _buffer(bound, x.shape[1], ids.shape[1], group)
+    x, picks, given = sent(is_async, x, ids.to(torch.int64), weights.to(torch.float32))
     arrived, picked, weighed, handle, event = buffer.dispatch(
-        x.contiguous(),
-        topk_idx=ids.to(torch.int64).contiguous(),
-        topk_weights=weights.to(torch.float32).contiguous(),
+        x,
+        topk_idx=picks,
+        topk_weights=given,
         num_experts=num_experts,
         num_max_tokens_per_rank=bound,
         do_cpu_sync=max_tokens is None,
@@ -169,19 +171,19 @@ def elastic_combine(
         [T, H], sums in float32; and [T, K], of each pick what its expert's rank gave, or [0, 0]
         without weights.
     """
-    return begin_combine(y, weights, handle, group)()
+    results: Any = begin_combine(y, weights, handle, group)()
+    return results
 
 
 def begin_combine(
     y: Tensor, weights: Tensor | None, handle: list[Tensor], group: str, *, is_async: bool = False
 ) -> Land:
     """Starts the kernels of a combine; the rest is all that `elastic_combine` returns."""
-    theirs, picks = _library_handle(handle), handle[6].shape[1]
+    theirs, picks = _library_handle(sent(is_async, *handle)), handle[6].shape[1]
     buffer = _buffer(theirs.num_max_tokens_per_rank, y.shape[1], picks, group)
-    sent = None if weights is None else weights.to(torch.float32).contiguous()
-    out, back, event = buffer.combine(
-        y.contiguous(), theirs, topk_weights=sent, async_with_compute_stream=is_async
-    )
+    given = [y] if weights is None else [y, weights.to(torch.float32)]
+    rows, *weighed = sent(is_async, *given)
+    out, back, event = buffer.combine(rows, theirs, *weighed, async_with_compute_stream=is_async)
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)
@@ -200,10 +202,11 @@ def begin_redispatch(
     g: Tensor, handle: list[Tensor], group: str, *, is_async: bool = False
 ) -> Land:
     """Starts the kernels of a redispatch."""
-    theirs, picks = _library_handle(handle), handle[6].shape[1]
+    handle = sent(is_async, *handle)
+    theirs, picks, order = _library_handle(handle), handle[6].shape[1], handle[3]
     buffer = _buffer(theirs.num_max_tokens_per_rank, g.shape[1], picks, group)
     rows, *_, event = buffer.dispatch(
-        g.contiguous(),
+        *sent(is_async, g),
         handle=theirs,
         num_sms=theirs.num_sms,
         async_with_compute_stream=is_async,
@@ -211,7 +214,7 @@ def begin_redispatch(
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)
-        return (rows.index_select(0, handle[3]),)
+        return (rows.index_select(0, order),)
 
     return land
 
@@ -231,7 +234,7 @@ def _(
         x.new_empty(rows, x.shape[1]),
         ids.new_empty(rows, ids.shape[1]),
         weights.new_empty(rows, ids.shape[1]),
-        *fake_handle(ids, rows, *ids.shape, ranks, num_experts // ranks),
+        *fake_handle(ids, rows, ids.shape[0], ids.shape[1], ranks, num_experts // ranks),
     )
 
 

@@ -3,7 +3,8 @@
 An asynchronous collective writes into tensors that must not be read, and reads some that must not
 be let go of, until it is waited for. None of them is the output of an operator in between: an
 output may be copied, kept for a backward or reused, and the operator that waits could not return
-it, since it must not return what it was given. The op that starts returns a *stand-in*, one row of
+it, since it must not return what it was given. What is sent is a copy for the same reason. The op
+that starts returns a *stand-in*, one row of
 the same width and dtype, and puts the rest here; the op that waits takes it by the stand-in.
 
 In the backward a stand-in's gradient is the stand-in of what travels the other way. So it has one
@@ -12,12 +13,21 @@ user, and autograd hands it on as it is.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Land = Callable[[], tuple[Tensor, ...]]
 """Waits for collectives and gives what they wrote; it holds on to all that they read and write."""
 
 _FLIGHTS: dict[int, tuple[Tensor, Land]] = {}
+
+
+def private(t: Tensor) -> Tensor:
+    """A contiguous copy to send.
+
+    A compiler may put something else where an op's arguments were, as soon as the op has returned.
+    """
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def stand_in(like: Tensor) -> Tensor:

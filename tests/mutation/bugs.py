@@ -234,8 +234,8 @@ BUGS = (
     Bug(
         "the next rank's first expert counts as this rank's",
         ALL_TO_ALL,
-        "(their_ids < first + local)",
-        "(their_ids <= first + local)",
+        "(ids < first + local)",
+        "(ids <= first + local)",
         (EXCHANGE,),
     ),
     Bug(
@@ -305,9 +305,23 @@ BUGS = (
     Bug(
         "any provider brings the tokens back",
         "passes/choose_providers.py",
-        "    if node.target is not ops.combine:\n",
-        "    if node.target is not ops.combine or unit.wanted_providers:\n",
+        "    if node.target not in ops.JOURNEYS:\n",
+        "    if node.target not in ops.JOURNEYS or unit.wanted_providers:\n",
         ("tests/passes/test_choose_providers.py", "tests/providers/test_deepep.py"),
+    ),
+    Bug(
+        "what comes from the experts runs before they do",
+        "passes/overlap_shared_experts.py",
+        "        bound, place = self._before() | behind, ",
+        "        bound, place = self._before(), ",
+        ("tests/passes/test_overlap_shared_experts.py",),
+    ),
+    Bug(
+        "a chunk's bound is smaller than the chunk",
+        "passes/chunk_tokens.py",
+        "-(-most // chunks)",
+        "most // chunks",
+        ("tests/passes/test_chunk_tokens.py",),
     ),
     Bug(
         "a rewrite's result has another dtype",

@@ -116,7 +116,8 @@ class Report:
     `dispatchers` are the providers that carry tokens between ranks; to each belongs the reason why
     the one that was preferred, or asked for, could not. They are part of `mesh` in the dict.
     `schedules` are what modules do while their tokens travel, or why they do nothing, by the
-    module's name in the first layer of its group; empty without a pass that overlaps.
+    module's name in the first layer of its group; part of `mesh` too, and empty without a pass that
+    overlaps.
     """
 
     sites: tuple[Site, ...]
@@ -129,6 +130,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and values."""
+        travels = {"dispatchers": self.dispatchers, "schedules": self.schedules}
         return {
             "sites": [
                 asdict(site) | {"timings": [asdict(choice) for choice in site.timings]}
@@ -136,8 +138,7 @@ class Report:
             ],
             "passes": [asdict(step) for step in self.passes],
             "captures": self.captures,
-            "mesh": self.mesh | ({"dispatchers": self.dispatchers} if self.dispatchers else {}),
-            "schedules": dict(self.schedules),
+            "mesh": self.mesh | {name: found for name, found in travels.items() if found},
             "seconds": dict(self.seconds),
         }
 

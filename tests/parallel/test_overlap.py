@@ -93,7 +93,7 @@ def shared_experts() -> None:
 def schedule(model: nn.Module) -> str:
     found = moe_compile.report(model)
     ((_, steps),) = found.schedules.items()
-    assert found.to_json()["schedules"] == found.schedules
+    assert found.to_json()["mesh"]["schedules"] == found.schedules
     assert f"Schedule of model.layers.0.mlp: {steps}." in str(found)
     return steps
 

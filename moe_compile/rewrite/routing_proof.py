@@ -197,10 +197,17 @@ def _before(cut: Cut) -> Callable[..., Tensor]:
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         sizes = _sizes(cut, len(x))
         for node in steps:
-            env[node] = own.run(results[node], env) if node in results else _step(node, env, sizes)
+            known = node in results
+            env[node] = _cut_off(own.run(results[node], env) if known else _step(node, env, sizes))
         return env[cut.root]
 
     return run
+
+
+def _cut_off(result: Any) -> Any:
+    """The same; nothing flows back through no elements, such as the rows of an expert without."""
+    is_empty = isinstance(result, Tensor) and result.requires_grad and not result.numel()
+    return result.detach() if is_empty else result
 
 
 def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:

@@ -1,5 +1,6 @@
 """Random functions in the place of experts, to prove what is around them."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -67,15 +68,28 @@ class StandIns:
             norm if any(step.normed for step in bodies.steps) else None,
         )
 
-    def _product(self, step: Step, rows: Tensor, experts: Any) -> Tensor:
+    @functools.cached_property
+    def _parts(self) -> dict[str, tuple[Tensor, ...]]:
+        """Each expert's own of a stack: the gradient of an index would be as large as the stack."""
+        stacks = {"up": self.up, "down": self.down, "down_bias": self.down_bias, "norm": self.norm}
+        return {name: stack.unbind() for name, stack in stacks.items() if stack is not None}
+
+    def _of(self, name: str, experts: int | Tensor) -> Tensor:
+        """What one expert has of a stack, or several have."""
+        if isinstance(experts, int):
+            return self._parts[name][experts]
+        return getattr(self, name)[experts]
+
+    def _product(self, step: Step, rows: Tensor, experts: int | Tensor) -> Tensor:
         """Rows after a product: all of one expert, or each of its own."""
-        if step.kind == "down":
-            result = _multiply(rows @ self.narrow, self.down[experts])
-            own = None if step.bias_ids is not None else self.down_bias
-            result = result if own is None else result + own[experts]
-            scale = None if step.norm_ids is not None else self.norm
-            return result if scale is None else result * scale[experts]
-        return _multiply(rows, self.up[experts])
+        if step.kind == "up":
+            return _multiply(rows, self._of("up", experts))
+        result = _multiply(rows @ self.narrow, self._of("down", experts))
+        if step.bias_ids is None and self.down_bias is not None:
+            result = result + self._of("down_bias", experts)
+        if step.norm_ids is None and self.norm is not None:
+            result = result * self._of("norm", experts)
+        return result
 
     def _biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:
         """The end of a product: a bias that is said apart, and the width of the real one."""

@@ -156,12 +156,12 @@ class Dual(TorchDispatchMode):
         if func.is_view and reals[0].dtype == args[0].dtype:
             views = tree_leaves(func(*fields, **options))
             self._fields.update(zip(reals, views, strict=True))
-        elif field.knows(func):
+        elif not field.knows(func):
+            raise _unknown(func)
+        elif any(x.numel() for x in reals):
             values = tree_leaves(field.run(func, real, *fields, **options))
             for x, value in zip(reals, values, strict=True):
                 self._record(x, value % field.P)
-        else:
-            raise _unknown(func)
 
     def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an in-place operator as its functional form and a copy."""

@@ -36,6 +36,9 @@ _COUNTS = {torch.bincount, Tensor.bincount}
 _ASKS = {Tensor.__bool__, Tensor.item}
 """What an `if` calls: the second, where tensors are being made functional."""
 
+_ASSERTS = {torch.ops.aten._assert_tensor_metadata}
+"""What casts are preceded by: the trace would keep none."""
+
 _TRUE_IF_HIT = {"any", "gt", "__gt__", "greater", "ne", "__ne__", "not_equal", "ge", "__ge__"}
 _FALSE_IF_HIT = {"eq", "__eq__", "equal", "lt", "__lt__", "less", "le", "__le__", "logical_not"}
 
@@ -159,6 +162,8 @@ class EveryExpertHit(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ASSERTS:
+            return None
         if func in _NONZERO and _is_over_experts(args[0]):
             return self._hits(args[0], kwargs.get("as_tuple", False))
         if func is torch.where and len(args) == 1 and _is_over_experts(args[0]):

@@ -13,6 +13,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from moe_compile.capture.tensor_form import Form, Forms, Size, expression
+from moe_compile.capture.view_forms import views
 
 aten = torch.ops.aten
 
@@ -31,15 +32,17 @@ _UNSURE = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.device)
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
-def form_of_result(forms: Forms, func: Any, args: Sequence[Any], kwargs: Any) -> Form | None:
-    """The form of an operator's one result; None where no rule is sure of it."""
+def form_of_result(forms: Forms, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    """The form of an operator's result, or a list of forms; None where no rule is sure of it."""
     rule = _rule(func)
-    return None if rule is None else rule(forms, func, args, kwargs)
+    return (rule or views)(forms, func, args, kwargs)
 
 
 def _rule(func: Any) -> Callable[..., Form | None] | None:
     if func in _VIEWS:
         return _view
+    if func is aten.new_empty_strided.default:
+        return _empty
     if func in _LIKE or torch.Tag.pointwise in func.tags:
         return _pointwise
     return None
@@ -87,6 +90,14 @@ def _view(forms: Forms, func: Any, args: Sequence[Any], kwargs: Any) -> Form | N
         return None
     strides = [_product(sizes[i + 1 :]) for i in range(len(sizes))]
     return forms.find(sizes, strides, source.dtype, source.device)
+
+
+def _empty(forms: Forms, func: Any, args: Sequence[Any], kwargs: Any) -> Form | None:
+    """Of sizes and strides that are given."""
+    like, sizes, strides = forms.of(args[0]), args[1], args[2]
+    options = {name: option for name, option in kwargs.items() if option}
+    dtype, device = options.pop("dtype", like.dtype), options.pop("device", like.device)
+    return None if options else forms.find(sizes, strides, dtype, device)
 
 
 def _is_rest(size: Size) -> bool:

@@ -36,12 +36,15 @@ class RememberingMode(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch gives, or tensors of the same forms."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # what most often is asked of a tensor
+            return args[0].fake_device
         if not _is_pure(func):
             result = super().__torch_dispatch__(func, types, args, kwargs)
             self._forget(args, kwargs)
             return result
         try:
-            key = func, torch.get_default_dtype(), self._key(args), self._key(kwargs)
+            inputs = self._key(args, func.is_view), self._key(kwargs, func.is_view)
+            key = func, torch.get_default_dtype(), *inputs
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if key not in self.results:
@@ -60,28 +63,31 @@ class RememberingMode(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         return pytree.tree_map_only(Form, self.forms.new, known)
 
-    def _key(self, argument: Any) -> Hashable:
+    def _key(self, argument: Any, is_viewed: bool) -> Hashable:
         """What another argument must share to be as good.
+
+        Where a tensor begins in its storage only its views tell.
 
         Raises:
             Formless: nothing says when another would be.
         """
         if isinstance(argument, Tensor):
-            return self.forms.of(argument)
+            form = self.forms.of(argument)
+            return form if is_viewed else self.forms.at_start(form)
         if isinstance(argument, (_PLAIN, _DESCRIBES)):
             return type(argument), argument
         if isinstance(argument, torch.SymInt):
             return expression(argument)
         if isinstance(argument, (list, tuple)):
-            return type(argument), *map(self._key, argument)
+            return type(argument), *(self._key(part, is_viewed) for part in argument)
         if isinstance(argument, dict):
-            return *argument, *map(self._key, argument.values())
+            return *argument, *(self._key(part, is_viewed) for part in argument.values())
         raise Formless
 
     def _deduced(
         self, func: Any, args: Any, kwargs: Any, general: Hashable, renaming: Renaming
-    ) -> Form | None:
-        """The result's form by a rule, or by that of arguments with other data-dependent sizes."""
+    ) -> Any:
+        """The result's form, or forms, by a rule, or by that of other data-dependent sizes."""
         renamed = self.renamed.get(general)
         if renamed is not None:
             return renamed.under(renaming, self.forms)

@@ -55,8 +55,8 @@ class RenamedForm:
     """The form of a result under new names."""
 
     def __init__(self, form: Form, renaming: Renaming) -> None:
-        self.sizes = [renaming.size(size) for size in form.sizes]
-        self.strides = [renaming.size(stride) for stride in form.strides]
+        self.sizes = [_general(size, renaming) for size in form.sizes]
+        self.strides = [_general(stride, renaming) for stride in form.strides]
         self.dtype, self.device = form.dtype, form.device
 
     def under(self, renaming: Renaming, forms: Forms) -> Form | None:
@@ -71,13 +71,20 @@ class RenamedForm:
         return forms.find(sizes, strides, self.dtype, self.device)
 
 
+def _general(size: Any, renaming: Renaming) -> Any:
+    """A size under new names; one that does not depend on data is itself."""
+    return renaming.size(size) if _from_data(expression(size)) else size
+
+
 def _xreplaced(size: Any, names: dict[Any, Any]) -> Any:
     return size.xreplace(names) if isinstance(size, sympy.Basic) else size
 
 
 def _size(wanted: Any, known: dict[Any, torch.SymInt]) -> Any:
     """The symbolic size that is made of something, from known ones."""
-    if isinstance(wanted, int) or wanted.is_Integer:
+    if isinstance(wanted, (int, torch.SymInt)):
+        return wanted
+    if wanted.is_Integer:
         return int(wanted)
     if wanted in known:
         return known[wanted]

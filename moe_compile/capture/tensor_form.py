@@ -4,6 +4,7 @@ Torch takes nearly a millisecond to make a tensor with symbolic sizes, and a twe
 make another of the same form.
 """
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 Size = int | torch.SymInt
@@ -32,7 +29,7 @@ class Form:
     """A fake tensor's sizes, strides, offset, dtype and device. Equal forms are one object.
 
     Attributes:
-        prototype: a tensor of the meta device; its storage is that of every tensor of the form.
+        prototype: a tensor of the meta device; its storage is that of every tensor.
         symbols: those of its sizes that depend on data.
         is_contiguous: whether it surely is; where it begins does not matter.
     """
@@ -41,6 +38,7 @@ class Form:
     device: torch.device
     symbols: frozenset[sympy.Symbol] = field(init=False)
     is_contiguous: bool = field(init=False)
+    _at_start: "Form | None" = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.symbols = frozenset(free_unbacked_symbols([*self.sizes, *self.strides]))
@@ -96,18 +94,29 @@ class Forms:
         if odd or tensor.constant is not None:
             raise Formless
         sizes, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
-        key = _key(sizes, strides, offset, tensor.dtype, tensor.device)
-        if key not in self.known:
-            with in_kernel_invocation_manager(self.mode):
-                prototype = torch.ops.aten.detach.default(tensor)
-            self.known[key] = Form(prototype, tensor.device)
-        return self.known[key]
+        return self.find(sizes, strides, tensor.dtype, tensor.fake_device, offset=offset)
 
-    def find(self, sizes: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Form:
-        """The form of tensors with these sizes and strides that begin where their storage does."""
-        key = _key(sizes, strides, 0, dtype, device)
+    def at_start(self, form: Form) -> Form:
+        """The form of the same tensors where they begin where their storage does."""
+        if form._at_start is None:
+            here = expression(form.offset) == 0
+            place = form.sizes, form.strides, form.dtype, form.device
+            form._at_start = form if here else self.find(*place)
+        return form._at_start
+
+    def find(
+        self,
+        sizes: Any,
+        strides: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        offset: Size = 0,
+    ) -> Form:
+        """The form of tensors with these sizes and strides."""
+        key = _key(sizes, strides, offset, dtype, device)
         if key not in self.known:
-            prototype = torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+            prototype = _storage(dtype).as_strided(sizes, strides, offset)
             self.known[key] = Form(prototype, device)
         return self.known[key]
 
@@ -116,6 +125,12 @@ class Forms:
         tensor = FakeTensor(self.mode, form.prototype, form.device)
         setattr(tensor, _FORM, form)
         return tensor
+
+
+@functools.cache
+def _storage(dtype: torch.dtype) -> Tensor:
+    """Of which every prototype is a view: how long its own would be takes milliseconds to say."""
+    return torch.empty(1 << 50, dtype=dtype, device="meta")
 
 
 def forget(tensor: Any) -> None:

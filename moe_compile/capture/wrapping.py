@@ -1,9 +1,9 @@
 """Traces without a record of the arithmetic that torch does on sizes for itself.
 
-Every value of a trace is wrapped as a `FunctionalTensor`, which computes the bytes and the
-contiguity of its symbolic sizes. The tracer would note each of these sums and products as a node
-that nobody uses, and whether the value is contiguous in its `tensor_meta`, which nobody reads: a
-third of the time of a trace.
+Every operator of a trace is made functional, and every value of it is wrapped as a
+`FunctionalTensor`: both compute sizes, strides and the contiguity of symbolic sizes. The tracer
+would note each of these sums and products as a node that nobody uses: more than half of all nodes.
+Here it makes such a node when it is used. Nor is a value's `tensor_meta` noted, which nobody reads.
 """
 
 import contextlib
@@ -11,14 +11,20 @@ from collections.abc import Generator
 from typing import Any
 from unittest import mock
 
-from torch._subclasses.functional_tensor import FunctionalTensor
+import torch
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental import proxy_tensor
+
+_OPTIONS = 13
+"""How many a `FunctionalTensor` is made with; one more is the size of its storage."""
+
+_BYTES = 1 << 50
+"""Of a wrapper, which has none: torch takes a millisecond to say how many symbolic sizes need."""
 
 
 @contextlib.contextmanager
 def untraced_wrapping() -> Generator[None]:
-    """In it, arithmetic on sizes is traced where code does it, not where torch wraps a tensor."""
-    wrap: Any = FunctionalTensor.__new__
+    """In it, arithmetic on sizes is traced where code does it, not where torch does."""
     tracer: Any = proxy_tensor.get_proxy_mode
     wrapping = False
 
@@ -30,12 +36,30 @@ def untraced_wrapping() -> Generator[None]:
         finally:
             wrapping = False
 
+    def dispatch_lazily(*args: Any, **kwargs: Any) -> Any:
+        mode = tracer()
+        if mode is None:
+            return dispatch(*args, **kwargs)
+        with proxy_tensor._enable_thunkify(mode.tracer):
+            return dispatch(*args, **kwargs)
+
     def tracer_of_code() -> Any:
         return None if wrapping else tracer()
 
+    def make_wrapper(cls: type, *options: Any) -> Any:
+        known = cls is FunctionalTensor and len(options) == _OPTIONS
+        return make(cls, *options, _BYTES) if known else make(cls, *options)
+
+    make: Any = torch.Tensor._make_wrapper_subclass
+    wrap: Any = FunctionalTensor.__new__
+    dispatch: Any = FunctionalTensorMode.__torch_dispatch__
     with (
         mock.patch.object(FunctionalTensor, "__new__", wrap_untraced),
+        mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch_lazily),
+        mock.patch.object(torch.Tensor, "_make_wrapper_subclass", make_wrapper),
         mock.patch.object(proxy_tensor, "_extract_tensor_metadata", return_value=None),
         mock.patch.object(proxy_tensor, "get_proxy_mode", tracer_of_code),
+        # Whenever a mode changes torch clears what operators remember for it: they never do.
+        mock.patch.object(torch._ops, "get_cached_ops", return_value=()),
     ):
         yield

@@ -74,7 +74,7 @@ class StandIns:
         stacks = {"up": self.up, "down": self.down, "down_bias": self.down_bias, "norm": self.norm}
         return {name: stack.unbind() for name, stack in stacks.items() if stack is not None}
 
-    def _of(self, name: str, experts: int | Tensor) -> Tensor:
+    def part(self, name: str, experts: int | Tensor) -> Tensor:
         """What one expert has of a stack, or several have."""
         if isinstance(experts, int):
             return self._parts[name][experts]
@@ -83,12 +83,12 @@ class StandIns:
     def _product(self, step: Step, rows: Tensor, experts: int | Tensor) -> Tensor:
         """Rows after a product: all of one expert, or each of its own."""
         if step.kind == "up":
-            return _multiply(rows, self._of("up", experts))
-        result = _multiply(rows @ self.narrow, self._of("down", experts))
+            return _multiply(rows, self.part("up", experts))
+        result = _multiply(rows @ self.narrow, self.part("down", experts))
         if step.bias_ids is None and self.down_bias is not None:
-            result = result + self._of("down_bias", experts)
+            result = result + self.part("down_bias", experts)
         if step.norm_ids is None and self.norm is not None:
-            result = result * self._of("norm", experts)
+            result = result * self.part("norm", experts)
         return result
 
     def _biased(self, step: Step, result: Tensor, env: dict[Any, Any]) -> Tensor:

@@ -34,6 +34,17 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "rows": lambda x: x.view(-1, 8),
     "heads": lambda x: x.view(x.shape[0], x.shape[1], 2, 4),
     "heads of rows": lambda x: x.view(-1, 8).view(x.shape[0], -1, 2, 4).transpose(1, 2),
+    "one of many": lambda x: x.permute(2, 0, 1)[-3],
+    "each of many": lambda x: x.unbind(-1),
+    "a part of a part": lambda x: x.transpose(0, 2)[1:-1][2:5:2],
+    "a part that is cut short": lambda x: x[..., -20:30],
+    "no part": lambda x: x[..., 6:3],
+    "a dimension of one": lambda x: x[..., None, :].squeeze(-2).squeeze(-1),
+    "a last dimension of one": lambda x: x.transpose(0, 2).unsqueeze(-1),
+    "another order": lambda x: x.permute(1, -1, 0),
+    "a matrix on its side": lambda x: x[..., 0].t(),
+    "equal parts": lambda x: x.split(3, -1),
+    "a product of a part": lambda x: x[..., 3] @ torch.ones(x.shape[1], 2),
     "parts": lambda x: x.split([3, 5], dim=-1),
     "the largest": lambda x: x.max(-1),
     "a product": lambda x: x @ torch.ones(8, 3),
@@ -75,6 +86,37 @@ def test_forms_are_those_that_torch_gives(name: str) -> None:
     assert again == want
     (other,) = described(mode, OPERATORS[name], times=1)  # sizes of other names
     assert other == want
+
+
+def _run_by_torch(experts: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many operators torch itself runs for a loop over experts."""
+    ran = 0
+    original: Any = FakeTensorMode.__torch_dispatch__
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return original(*args, **kwargs)
+
+    mode = RememberingMode(shape_env=ShapeEnv())
+    with mode:
+        x, weights = torch.empty(5, 8), torch.empty(experts, 8, 8)
+        mask = torch.empty(experts, 5, dtype=torch.bool)
+        monkeypatch.setattr(FakeTensorMode, "__torch_dispatch__", counted)
+        for expert in range(experts):
+            rows = mask[expert].nonzero().unbind(-1)[0]
+            gate, up = F.linear(x[rows], weights[expert]).chunk(2, -1)
+            x = x.index_add(0, rows, torch.cat([F.silu(gate) * up, up], -1))
+    monkeypatch.undo()
+    return ran
+
+
+def test_of_another_expert_torch_is_asked_for_the_number_of_rows_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few, many = _run_by_torch(4, monkeypatch), _run_by_torch(12, monkeypatch)
+
+    assert many - few == 8
 
 
 def test_numbers_that_are_known_stay_known() -> None:

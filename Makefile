@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/finetune.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not matrix and not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not matrix and not long"
 
 long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long

@@ -178,10 +178,10 @@ def begin_combine(
     """Starts the kernels of a combine; the rest is all that `deep_ep_combine` returns."""
     # DeepEP writes into the heads of the queues, and an op must not change what it is given.
     own = (*sent(is_async, *handle[:5]), handle[5].clone())
-    given = [y] if weights is None else [y, weights.to(torch.float32)]
-    rows, *weighed = sent(is_async, *given)
+    (rows,) = sent(is_async, y)
+    weighed = None if weights is None else sent(is_async, weights.to(torch.float32))[0]
     buffer = _buffer(y.shape[1], group)
-    out, back, event = buffer.combine(rows, own, *weighed, async_finish=is_async)
+    out, back, event = buffer.combine(rows, own, topk_weights=weighed, async_finish=is_async)
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)

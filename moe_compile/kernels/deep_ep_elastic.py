@@ -181,9 +181,11 @@ def begin_combine(
     """Starts the kernels of a combine; the rest is all that `elastic_combine` returns."""
     theirs, picks = _library_handle(sent(is_async, *handle)), handle[6].shape[1]
     buffer = _buffer(theirs.num_max_tokens_per_rank, y.shape[1], picks, group)
-    given = [y] if weights is None else [y, weights.to(torch.float32)]
-    rows, *weighed = sent(is_async, *given)
-    out, back, event = buffer.combine(rows, theirs, *weighed, async_with_compute_stream=is_async)
+    (rows,) = sent(is_async, y)
+    weighed = None if weights is None else sent(is_async, weights.to(torch.float32))[0]
+    out, back, event = buffer.combine(
+        rows, theirs, topk_weights=weighed, async_with_compute_stream=is_async
+    )
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)

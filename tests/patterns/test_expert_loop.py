@@ -156,7 +156,19 @@ def centred(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -
     return out
 
 
-@pytest.mark.parametrize("function", [doubled, largest, expert_choice, centred])
+def unlike(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """One expert has another activation."""
+    out = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        token, pick = torch.where(ids == e)
+        hidden = F.linear(x[token], up[e])
+        gate, value = hidden.chunk(2, dim=-1)
+        hidden = swiglu(hidden) if e else F.gelu(gate) * value
+        out = out.index_add(0, token, F.linear(hidden, down[e]) * weights[token, pick, None])
+    return out
+
+
+@pytest.mark.parametrize("function", [doubled, largest, expert_choice, centred, unlike])
 def test_refuses_look_alikes(function: Experts) -> None:
     assert_refused(RaiseExperts(), ExpertLoop(), routed(function), ".+")
 

@@ -38,6 +38,18 @@ class Scaled(Pattern):
         return ((x + 1.5).sin() * factor).pow(3).softmax(-1)
 
 
+class Terms(Pattern):
+    """A sum and a difference, of which one may be turned round."""
+
+    name = "terms"
+    kind = "test"
+    shapes = {"x": (4, 8)}
+
+    @staticmethod
+    def before(x: Tensor) -> Tensor:
+        return (x.sin() - (x.exp() + x.cos())).softmax(-1)
+
+
 def matches(pattern: Pattern, unit: UnitGraph) -> tuple[list[Match], NearMiss]:
     miss = NearMiss(pattern.name)
     return list(find(pattern, unit.graph, miss, unit.mode)), miss
@@ -65,6 +77,13 @@ def test_other_literals_are_compared(unit: UnitGraph, reason: str) -> None:
     found, miss = matches(Scaled(), unit)
     assert not found
     assert miss.reason == reason
+
+
+def test_the_terms_of_a_sum_change_places_and_those_of_a_difference_do_not() -> None:
+    summed = unit_of(lambda x: (x.sin() - (x.cos() + x.exp())).softmax(-1), X)
+    assert len(matches(Terms(), summed)[0]) == 1
+    swapped = unit_of(lambda x: ((x.exp() + x.cos()) - x.sin()).softmax(-1), X)
+    assert matches(Terms(), swapped)[0] == []
 
 
 def test_a_match_says_what_it_found() -> None:

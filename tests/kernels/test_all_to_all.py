@@ -134,6 +134,19 @@ def test_a_token_travels_once_to_each_rank() -> None:
     assert sum(sent for each in found for sent, _ in each.values()) > 0
 
 
+def check_local_ids() -> None:
+    local = EXPERTS // dist.get_world_size()
+    for case in CASES:
+        x, ids, weights = tokens_of(case, dist.get_rank(), HIDDEN, DTYPE)
+        theirs = all_to_all_dispatch(x, ids, weights, EXPERTS, group())[1]
+        assert bool(((theirs >= -1) & (theirs < local)).all()), case
+        assert bool((theirs >= 0).any(dim=1).all()), case
+
+
+def test_ids_are_those_of_this_rank_and_every_row_has_one() -> None:
+    on_ranks(2, check_local_ids)
+
+
 def opcheck() -> None:
     x, ids, weights = tokens_of("even", 0, HIDDEN, DTYPE)
     x.requires_grad_()

@@ -38,13 +38,6 @@ class Bug:
 BUGS = (
     # The matcher, and what it is sure of.
     Bug(
-        "two places of an idiom that share a value may have two values",
-        MATCHER,
-        "        if env[wanted] is not node:\n",
-        "        if env[wanted] is None:\n",
-        ("tests/rewrite/test_matcher.py", "tests/patterns"),
-    ),
-    Bug(
         "literals and sizes are not compared",
         MATCHER,
         "    if _is_tensor(right) or _literal(left) != _literal(right):\n",

@@ -50,6 +50,18 @@ class Terms(Pattern):
         return (x.sin() - (x.exp() + x.cos())).softmax(-1)
 
 
+class Folded(Pattern):
+    """A reshape whose sizes count."""
+
+    name = "folded"
+    kind = "test"
+    shapes = {"x": (4, 8)}
+
+    @staticmethod
+    def before(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, x.shape[-1] // 2)).softmax(-1).sin()
+
+
 def matches(pattern: Pattern, unit: UnitGraph) -> tuple[list[Match], NearMiss]:
     miss = NearMiss(pattern.name)
     return list(find(pattern, unit.graph, miss, unit.mode)), miss
@@ -84,6 +96,13 @@ def test_the_terms_of_a_sum_change_places_and_those_of_a_difference_do_not() -> 
     assert len(matches(Terms(), summed)[0]) == 1
     swapped = unit_of(lambda x: ((x.exp() + x.cos()) - x.sin()).softmax(-1), X)
     assert matches(Terms(), swapped)[0] == []
+
+
+def test_a_reshape_has_the_idiom_s_own_sizes() -> None:
+    same = unit_of(lambda x: x.unflatten(-1, (2, 4)).softmax(-1).sin(), X)
+    assert len(matches(Folded(), same)[0]) == 1
+    other = unit_of(lambda x: x.unflatten(-1, (4, 2)).softmax(-1).sin(), X)
+    assert matches(Folded(), other)[0] == []
 
 
 def test_a_match_says_what_it_found() -> None:

@@ -4,8 +4,8 @@ An asynchronous collective writes into tensors that must not be read, and reads 
 be let go of, until it is waited for. None of them is the output of an operator in between: an
 output may be copied, kept for a backward or reused, and the operator that waits could not return
 it, since it must not return what it was given. What is sent is a copy for the same reason. The op
-that starts returns a *stand-in*, one row of
-the same width and dtype, and puts the rest here; the op that waits takes it by the stand-in.
+that starts returns a *stand-in*, one row of the same width and dtype, and puts the rest here; the
+op that waits takes it by the stand-in.
 
 In the backward a stand-in's gradient is the stand-in of what travels the other way. So it has one
 user, and autograd hands it on as it is.

@@ -247,19 +247,19 @@ def send(
 def traffic(args: argparse.Namespace) -> str:
     """Bytes that rank 0 sends to others for a token, there and back; the least is rows alone.
 
-    all_to_all sends ids of 8 bytes and weights of 4 beside a row, and 8 bytes of counts to each
+    all_to_all sends ids of 8 bytes and weights of 4 beside a row, and 16 bytes of counts to each
     rank; DeepEP ids, weights and the 4 bytes of the row's number in its sender; V2 in steps of 32.
     """
     x, ids, weights = picked(args.tokens, args)
     rank, others, (tokens, width), picks = dist.get_rank(), args.ranks - 1, x.shape, ids.shape[1]
-    splits = send(all_to_all_dispatch, x, ids, weights, args)[4][0].tolist()
+    splits = send(all_to_all_dispatch, x, ids, weights, args)[5][0].tolist()
     owners = ids // (sizes_of(args)["num_experts"] // args.ranks)
     theirs, beside = deep_ep_rows(x, ids, weights, owners, args), 12 * picks + 4
     rows = sum(splits) - splits[rank], theirs
     needed = sum(int((owners == r).any(1).sum()) for r in range(args.ranks) if r != rank)
     there_and_back = 2 * 2 * width
     sent = {
-        "all_to_all": rows[0] * (there_and_back + 12 * picks) + 8 * others,
+        "all_to_all": rows[0] * (there_and_back + 12 * picks) + 16 * others,
         "deepep": rows[1] * (there_and_back + (-(-beside // 32) * 32 if args.elastic else beside)),
         "least": needed * there_and_back,
     }
@@ -272,9 +272,9 @@ def deep_ep_rows(
     """Rows that DeepEP sends to other ranks, by what its handle says."""
     rank = dist.get_rank()
     if args.elastic:
-        slots = send(elastic_dispatch, x, ids, weights, args)[8]
+        slots = send(elastic_dispatch, x, ids, weights, args)[9]
         return int(((slots >= 0) & (owners != rank)).sum())
-    is_sent = send(deep_ep_dispatch, x, ids, weights, args)[7]
+    is_sent = send(deep_ep_dispatch, x, ids, weights, args)[8]
     return int(is_sent.sum() - is_sent[:, rank].sum())
 
 
@@ -341,8 +341,8 @@ def layer_step(
     x, weights, up, down = leaves
     provider, compute = DeepEPProvider(), TorchProvider().implementation(ops.experts)
     dispatch, combine = map(provider.implementation, (ops.dispatch, ops.combine))
-    rows, local, theirs, handle = send(dispatch, x, ids, weights, args, bound)
-    y = compute(rows, local, theirs, up, down, swiglu)
+    *arrived, places, handle = send(dispatch, x, ids, weights, args, bound)
+    y = compute(*arrived, up, down, swiglu, places=places)
     out: Tensor = combine(y, handle, x.shape[0], world())
     return torch.autograd.grad(out, leaves, torch.ones_like(out))
 

@@ -106,7 +106,7 @@ def passes(
     (x, weights), experts = leaves, sizes_of(args)["num_experts"]
 
     def there_and_back() -> tuple[Tensor, Tensor]:
-        rows, _, theirs, handle = send(x, ids, weights, experts, world(), bound)
+        rows, _, theirs, _, handle = send(x, ids, weights, experts, world(), bound)
         return back(rows, handle, len(x), world()), theirs
 
     def with_backward() -> Any:

@@ -276,7 +276,7 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
         for unit in itertools.chain(*work.units)
         for line in graph_lines(unit.graph, work.device, unit.ep and unit.ep.group)
     ]
-    return [repr(config), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
+    return [_without_addresses(repr(config)), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
 
 
 def graph_lines(graph: fx.Graph, device: torch.device, group: str | None = None) -> list[str]:
@@ -291,7 +291,12 @@ def graph_lines(graph: fx.Graph, device: torch.device, group: str | None = None)
         )
         node.args = args
     text = str(graph).replace(str(device), device.type)
-    return re.sub(r" at 0x[0-9a-f]+", "", text).splitlines()
+    return _without_addresses(text).splitlines()
+
+
+def _without_addresses(text: str) -> str:
+    """What objects without a `repr` of their own are called, a backend's for example."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _summary(work: Work) -> Report:

@@ -18,7 +18,7 @@ from moe_compile.passes.facts import (
 from moe_compile.rewrite.journeys import Journey, journeys
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
-from moe_compile.rewrite.writing import Writer, received, unknown_size
+from moe_compile.rewrite.writing import ARRIVALS, Writer, received, unknown_size
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class _Chunking:
         sent = self._chain(
             ops.wait_dispatch, (flight, self.group, self.most, self.after), arrived, chunk
         )
-        names = ("x", "ids", "weights")
-        rows = {name: self.writer.item(sent, i) for i, name in enumerate(names)}
+        rows = {name: self.writer.item(sent, i) for i, name in enumerate(ARRIVALS)}
         experts = self.journey.experts
         out = experts.meta["val"].new_empty(arrived[0].shape[0], *experts.meta["val"].shape[1:])
         result = self.writer.add(ops.experts, (), out, {**experts.kwargs, **rows})
         result.meta = experts.meta | result.meta | {"chunk": chunk}
-        given = result, self.writer.item(sent, 3), size, self.group, self.after
+        handle = self.writer.item(sent, len(ARRIVALS))
+        given = result, handle, size, self.group, self.after
         value = [values[0].new_empty(1), out.new_empty(values[0].shape[0], *out.shape[1:])]
         return self._chain(ops.start_combine, given, value, chunk)
 

@@ -18,7 +18,7 @@ from moe_compile.passes.facts import (
 )
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
-from moe_compile.rewrite.writing import Writer, received
+from moe_compile.rewrite.writing import ARRIVALS, Writer, received
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class _Placing:
             given = (x, ids, routing, count, self.ep.group, self.ep.max_tokens)
             arrived = received(*(node.meta["val"] for node in (x, ids, routing)))
             sent = self.writer.add(ops.dispatch, given, arrived)
-            for i, name in enumerate(("x", "ids", "weights")):
+            for i, name in enumerate(ARRIVALS):
                 arguments[name] = self.writer.item(sent, i)
             weights = own_weights(arguments)
             is_stored = all(weight.op == "get_attr" for weight in weights.values())
             if not is_stored:
                 arguments |= {name: self._own(weight) for name, weight in weights.items()}
-            handle = self.writer.item(sent, 3)
+            handle = self.writer.item(sent, len(ARRIVALS))
             size = x.meta["val"].shape[0]
             tokens = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), size)
             out = self.node.meta["val"]

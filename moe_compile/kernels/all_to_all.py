@@ -31,33 +31,39 @@ def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.Proce
 @torch.library.custom_op("moe_compile::all_to_all_dispatch", mutates_args=())
 def all_to_all_dispatch(
     x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`.
 
     Returns:
-        rows [U, H], local ids [U, K], weights [U, K]; and for the way back the source [V], the
-        token of each row sent, in the order of ranks, and the splits [2, ranks], on the CPU: the
-        rows sent to and received from each rank.
+        rows [U, H], local ids [U, K], weights [U, K], places [P, 0]; and for the way back the
+        source [V], the token of each row sent, in the order of ranks, the splits [2, ranks], on the
+        CPU: the rows sent to and received from each rank, and arrived [U, 0], without elements.
     """
     ranks = process_group(group)
-    source, splits = plan_dispatch(ids, num_experts, ranks)
+    source, splits, num_picks = plan_dispatch(ids, num_experts, ranks)
     sent, received = splits.tolist()
     rows, their_ids, their_weights = (
         _exchange(t.index_select(0, source), received, sent, ranks) for t in (x, ids, weights)
     )
-    return rows, local_ids(their_ids, num_experts, ranks), their_weights, source, splits
+    here = local_ids(their_ids, num_experts, ranks)
+    places, arrived = (x.new_empty(count, 0) for count in (num_picks, sum(received)))
+    return rows, here, their_weights, places, source, splits, arrived
 
 
-def plan_dispatch(ids: Tensor, num_experts: int, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The source and the splits of a dispatch; waits for the device, and for all ranks."""
+def plan_dispatch(
+    ids: Tensor, num_experts: int, ranks: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, int]:
+    """The source and the splits of a dispatch, and P; waits for the device, and for all ranks."""
     local = num_experts // ranks.size()
     owner = torch.where(ids >= 0, ids // local, -1)
-    is_sent = (owner == torch.arange(ranks.size(), device=ids.device)[:, None, None]).any(-1)
+    is_owner = owner == torch.arange(ranks.size(), device=ids.device)[:, None, None]
+    is_sent = is_owner.any(-1)
     source = is_sent.nonzero()[:, 1].clone()  # contiguous() may keep the offset
-    sent = is_sent.sum(1).cpu()
+    sent = torch.stack((is_sent.sum(1), is_owner.sum((1, 2))), dim=1)
     received = torch.empty_like(sent)
-    _exchange_counts(received, sent, ids.device, ranks)
-    return source, torch.stack((sent, received))
+    dist.all_to_all_single(received, sent, group=ranks)
+    rows, picks = torch.stack((sent, received)).cpu().unbind(-1)
+    return source, rows.clone(), int(picks[1].sum())
 
 
 def local_ids(ids: Tensor, num_experts: int, ranks: dist.ProcessGroup) -> Tensor:
@@ -67,18 +73,15 @@ def local_ids(ids: Tensor, num_experts: int, ranks: dist.ProcessGroup) -> Tensor
     return torch.where(is_here, ids - first, -1)
 
 
-def _exchange_counts(
-    received: Tensor, sent: Tensor, device: torch.device, ranks: dist.ProcessGroup
-) -> None:
-    """The counts travel on the data's device, which is what the group's backend can send."""
-    incoming = received.to(device)
-    dist.all_to_all_single(incoming, sent.to(device), group=ranks)
-    received.copy_(incoming)
-
-
 @torch.library.custom_op("moe_compile::all_to_all_combine", mutates_args=())
 def all_to_all_combine(
-    y: Tensor, weights: Tensor | None, source: Tensor, splits: Tensor, num_tokens: int, group: str
+    y: Tensor,
+    weights: Tensor | None,
+    source: Tensor,
+    splits: Tensor,
+    arrived: Tensor,
+    num_tokens: int,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """Return rows y [U, H], and weights [U, K] where given, and sum those of each token.
 
@@ -108,9 +111,9 @@ def sum_of_tokens(rows: Tensor, source: Tensor, sent: list[int], num_tokens: int
 
 @torch.library.custom_op("moe_compile::all_to_all_redispatch", mutates_args=())
 def all_to_all_redispatch(
-    g: Tensor, source: Tensor, splits: Tensor, num_rows: int, group: str
+    g: Tensor, source: Tensor, splits: Tensor, arrived: Tensor, group: str
 ) -> Tensor:
-    """Send g [T, H] as dispatch sent x; num_rows is U, the rows that dispatch received."""
+    """Send g [T, H] as dispatch sent x; returns [U, H]."""
     sent, received = splits.tolist()
     return _exchange(g.index_select(0, source), received, sent, process_group(group))
 
@@ -118,19 +121,27 @@ def all_to_all_redispatch(
 @all_to_all_dispatch.register_fake
 def _(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: str) -> Any:
     context = torch.library.get_ctx()
-    rows, sent = context.new_dynamic_size(), context.new_dynamic_size()
+    rows, picks, sent = (context.new_dynamic_size() for _ in range(3))
     return (
         x.new_empty(rows, x.shape[1]),
         ids.new_empty(rows, ids.shape[1]),
         weights.new_empty(rows, weights.shape[1]),
+        x.new_empty(picks, 0),
         ids.new_empty(sent),
         ids.new_empty(2, process_group(group).size(), device="cpu"),
+        x.new_empty(rows, 0),
     )
 
 
 @all_to_all_combine.register_fake
 def _(
-    y: Tensor, weights: Tensor | None, source: Tensor, splits: Tensor, num_tokens: int, group: str
+    y: Tensor,
+    weights: Tensor | None,
+    source: Tensor,
+    splits: Tensor,
+    arrived: Tensor,
+    num_tokens: int,
+    group: str,
 ) -> Any:
     out = y.new_empty(num_tokens, y.shape[1])
     if weights is None:
@@ -139,14 +150,14 @@ def _(
 
 
 @all_to_all_redispatch.register_fake
-def _(g: Tensor, source: Tensor, splits: Tensor, num_rows: int, group: str) -> Tensor:
-    return g.new_empty(num_rows, g.shape[1])
+def _(g: Tensor, source: Tensor, splits: Tensor, arrived: Tensor, group: str) -> Tensor:
+    return g.new_empty(arrived.shape[0], g.shape[1])
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, _, _, _, ctx.group = inputs
     ctx.num_tokens = x.shape[0]
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[4:])
     ctx.mark_non_differentiable(output[1], *output[3:])
 
 
@@ -156,15 +167,13 @@ def _dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any
 
 
 def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
-    y, _, source, splits, _, ctx.group = inputs
-    ctx.num_rows = y.shape[0]
-    ctx.save_for_backward(source, splits)
+    _, _, *handle, _, ctx.group = inputs
+    ctx.save_for_backward(*handle)
     ctx.mark_non_differentiable(output[1])
 
 
 def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-    grad_y = all_to_all_redispatch(grad, *ctx.saved_tensors, ctx.num_rows, ctx.group)
-    return grad_y, None, None, None, None, None
+    return all_to_all_redispatch(grad, *ctx.saved_tensors, ctx.group), *[None] * 6
 
 
 all_to_all_dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)

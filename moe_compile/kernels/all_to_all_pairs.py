@@ -40,19 +40,21 @@ def _begin_dispatch(
 ) -> tuple[Known, Land]:
     """Known are the source and the splits, and by a tensor without elements T."""
     ranks = process_group(group)
-    source, splits = plan_dispatch(ids, num_experts, ranks)
+    source, splits, num_picks = plan_dispatch(ids, num_experts, ranks)
     sent, received = splits.tolist()
     arrive = _begin([t.index_select(0, source) for t in (x, ids, weights)], received, sent, ranks)
 
     def land() -> tuple[Tensor, ...]:
         rows, theirs, weighed = arrive()
-        return rows, local_ids(theirs, num_experts, ranks), weighed
+        here = local_ids(theirs, num_experts, ranks)
+        places, arrived = (x.new_empty(count, 0) for count in (num_picks, sum(received)))
+        return rows, here, weighed, places, arrived
 
     return (source, splits, x.new_empty(x.shape[0], 0)), land
 
 
 def _begin_combine(y: Tensor, weights: Tensor | None, handle: Known, group: str) -> Land:
-    source, splits, tokens = handle
+    source, splits, tokens, _ = handle
     sent, received = splits.tolist()
     given = [private(t) for t in (y, weights) if t is not None]
     arrive = _begin(given, sent, received, process_group(group))
@@ -65,7 +67,7 @@ def _begin_combine(y: Tensor, weights: Tensor | None, handle: Known, group: str)
 
 
 def _begin_redispatch(g: Tensor, handle: Known, group: str) -> Land:
-    source, splits, _ = handle
+    source, splits, *_ = handle
     sent, received = splits.tolist()
     return _begin([g.index_select(0, source)], received, sent, process_group(group))
 
@@ -78,8 +80,10 @@ def _fake_known(
     return ids.new_empty(sent), splits, x.new_empty(x.shape[0], 0)
 
 
-def _fake_arrived(*_: Any) -> tuple[Any, Known]:
-    return torch.library.get_ctx().new_dynamic_size(), ()
+def _fake_arrived(x: Tensor, *_: Any) -> tuple[Any, Any, Known]:
+    context = torch.library.get_ctx()
+    rows, places = context.new_dynamic_size(), context.new_dynamic_size()
+    return rows, places, [x.new_empty(rows, 0)]
 
 
 DISPATCHER = Dispatcher(
@@ -88,8 +92,8 @@ DISPATCHER = Dispatcher(
     _begin_combine,
     _begin_redispatch,
     known=3,
-    arrived=0,
+    arrived=1,
     fake_known=_fake_known,
     fake_arrived=_fake_arrived,
-    handle=lambda known, _: list(known),
+    handle=lambda known, arrived: [*known, *arrived],
 )

@@ -96,13 +96,14 @@ def deep_ep_dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
 
     Returns:
-        rows [U, H], local ids [U, K], weights [U, K]; and the handle: the prefix sums of ranks
-        [R, R], of channels sent [R, C] and received [R, C], the source of each row [U], whether a
-        token goes to a rank [T, R], and the heads of the queues of what was sent [T, R].
+        rows [U, H], local ids [U, K], weights [U, K], places [P, 0]; and the handle: the prefix
+        sums of ranks [R, R], of channels sent [R, C] and received [R, C], the source of each row
+        [U], whether a token goes to a rank [T, R], and the heads of the queues of what was sent
+        [T, R].
     """
     results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens)[1]()
     return results
@@ -128,7 +129,7 @@ def begin_dispatch(
     buffer = _buffer(x.shape[1], group)
     x, picks, weighed = sent(is_async, x, ids.to(torch.int64), weights.to(torch.float32))
     per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
-    rows, local_ids, their_weights, _, handle, event = buffer.dispatch(
+    rows, local_ids, their_weights, counts, handle, event = buffer.dispatch(
         x,
         num_tokens_per_rank=per_rank,
         is_token_in_rank=is_sent,
@@ -143,9 +144,15 @@ def begin_dispatch(
         wait_for(event, is_async)
         # They are already, but of rows that did not come.
         their_weights.masked_fill_(local_ids < 0, 0)
-        return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), *handle
+        places = places_of(rows, local_ids, counts)
+        return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), places, *handle
 
     return is_sent, land
+
+
+def places_of(rows: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
+    """[P, 0] for the picks of each expert, which the library counts unless it has a bound."""
+    return rows.new_empty(sum(counts) if counts else ids.numel(), 0)
 
 
 def sent(is_async: bool, *tensors: Tensor) -> list[Tensor]:
@@ -211,6 +218,21 @@ def begin_redispatch(
     return land
 
 
+def unknown_sizes(ranks: int, picks: Any, max_tokens: int | None) -> tuple[Any, Any]:
+    """U and P for an operator without data."""
+    if max_tokens is not None:
+        return max_tokens * ranks, max_tokens * ranks * picks
+    context = torch.library.get_ctx()
+    return context.new_dynamic_size(), context.new_dynamic_size()
+
+
+def unknown_channels(max_tokens: int | None) -> Any:
+    """C for an operator without data."""
+    if max_tokens is not None:
+        return library().Buffer.num_sms // 2
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 @deep_ep_dispatch.register_fake
 def _(
     x: Tensor,
@@ -221,16 +243,14 @@ def _(
     max_tokens: int | None = None,
 ) -> Any:
     ranks, tokens = process_group(group).size(), x.shape[0]
-    if max_tokens is None:
-        context = torch.library.get_ctx()
-        rows, channels = context.new_dynamic_size(), context.new_dynamic_size()
-    else:
-        rows, channels = max_tokens * ranks, library().Buffer.num_sms // 2
+    rows, places = unknown_sizes(ranks, ids.shape[1], max_tokens)
+    channels = unknown_channels(max_tokens)
     new = functools.partial(ids.new_empty, dtype=torch.int32)
     return (
         x.new_empty(rows, x.shape[1]),
         ids.new_empty(rows, ids.shape[1]),
         weights.new_empty(rows, weights.shape[1]),
+        x.new_empty(places, 0),
         new((ranks, ranks)),
         new((ranks, channels)),
         new((ranks, channels)),
@@ -271,7 +291,7 @@ def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.group = inputs[4]
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[4:])
     ctx.mark_non_differentiable(output[1], *output[3:])
 
 

@@ -27,7 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
-from moe_compile.kernels.deep_ep import BUFFERS, check_bound, complete, library, sent, wait_for
+from moe_compile.kernels.deep_ep import (
+    BUFFERS,
+    check_bound,
+    complete,
+    library,
+    places_of,
+    sent,
+    unknown_sizes,
+    wait_for,
+)
 from moe_compile.kernels.in_flight import Land
 
 _LEAST_BOUND = 256
@@ -90,14 +99,14 @@ def elastic_dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
 
     Returns:
-        rows [U, H], local ids [U, K], weights [U, K]; and the handle: the prefix sums of rows by
-        rank [R] and by expert [L]; on the CPU [3], the experts, the bound and the SMs; the order
-        of the rows in the buffer [U], and their sources [U, 2 + K]; the places of what was sent
-        [T, K], and its picks [T, K].
+        rows [U, H], local ids [U, K], weights [U, K], places [P, 0]; and the handle: the prefix
+        sums of rows by rank [R] and by expert [L]; on the CPU [3], the experts, the bound and the
+        SMs; the order of the rows in the buffer [U], and their sources [U, 2 + K]; where what was
+        sent went [T, K], and its picks [T, K].
     """
     results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens)()
     return results
@@ -135,6 +144,7 @@ def begin_dispatch(
             rows,
             local_ids.to(ids.dtype),
             their_weights.to(weights.dtype),
+            places_of(rows, local_ids, handle.num_recv_tokens_per_expert_list),
             handle.psum_num_recv_tokens_per_scaleup_rank,
             handle.psum_num_recv_tokens_per_expert.clone(),  # a slice
             torch.tensor([num_experts, bound, handle.num_sms]),
@@ -231,11 +241,12 @@ def _(
     max_tokens: int | None = None,
 ) -> Any:
     ranks = process_group(group).size()
-    rows = torch.library.get_ctx().new_dynamic_size() if max_tokens is None else max_tokens * ranks
+    rows, places = unknown_sizes(ranks, ids.shape[1], max_tokens)
     return (
         x.new_empty(rows, x.shape[1]),
         ids.new_empty(rows, ids.shape[1]),
         weights.new_empty(rows, ids.shape[1]),
+        x.new_empty(places, 0),
         *fake_handle(ids, rows, ids.shape[0], ids.shape[1], ranks, num_experts // ranks),
     )
 

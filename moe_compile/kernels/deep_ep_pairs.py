@@ -45,15 +45,12 @@ def _fake_arrived(
     group: str,
     max_tokens: int | None,
     after: Tensor | None,
-) -> tuple[Any, Known]:
+) -> tuple[Any, Any, Known]:
     tokens, ranks = known[0].shape
-    if max_tokens is None:
-        context = torch.library.get_ctx()
-        rows, channels = context.new_dynamic_size(), context.new_dynamic_size()
-    else:
-        rows, channels = max_tokens * ranks, deep_ep.library().Buffer.num_sms // 2
+    rows, places = deep_ep.unknown_sizes(ranks, ids.shape[1], max_tokens)
+    channels = deep_ep.unknown_channels(max_tokens)
     sizes = (ranks, ranks), (ranks, channels), (ranks, channels), (rows,), (tokens, ranks)
-    return rows, [ids.new_empty(size, dtype=torch.int32) for size in sizes]
+    return rows, places, [ids.new_empty(size, dtype=torch.int32) for size in sizes]
 
 
 def _begin_elastic_dispatch(
@@ -79,10 +76,10 @@ def _fake_elastic_arrived(
     group: str,
     max_tokens: int | None,
     after: Tensor | None,
-) -> tuple[Any, Known]:
+) -> tuple[Any, Any, Known]:
     ranks, picks, (tokens, local, _) = process_group(group).size(), ids.shape[1], known[0].shape
-    rows = torch.library.get_ctx().new_dynamic_size() if max_tokens is None else max_tokens * ranks
-    return rows, deep_ep_elastic.fake_handle(ids, rows, tokens, picks, ranks, local)
+    rows, places = deep_ep.unknown_sizes(ranks, picks, max_tokens)
+    return rows, places, deep_ep_elastic.fake_handle(ids, rows, tokens, picks, ranks, local)
 
 
 DISPATCHER = Dispatcher(

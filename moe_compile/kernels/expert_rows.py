@@ -1,12 +1,13 @@
 """Tokens to a row for each pick, in the experts' order, and back: what surrounds the products.
 
-    order, inverse, offs = group_picks(ids, E)
+    order, inverse, offs = group_picks(ids, E, P)
     rows[r]  = x[order[r] // K]                       spread_rows
     out[t]   = sum over k of rows[inverse[t K + k]]   collect_rows
 
 Each of the two is the other's adjoint, so neither backward adds row by row in any order, as
-autograd's own backward of a gather does. Rows of picks that live elsewhere, whose id is -1, come
-last: from `offs[-1]` on they may hold anything, NaN too, and no sum has them.
+autograd's own backward of a gather does. Picks that live elsewhere, whose id is -1, come last. Of
+all T K there are P rows, where no more than P are here: from `offs[-1]` on they may hold anything,
+NaN too, and no sum has them.
 """
 
 from typing import Any
@@ -18,24 +19,28 @@ from moe_compile.kernels.visible import Wrap, as_it_is, show_kernels
 
 
 @torch.library.custom_op("moe_compile::group_picks", mutates_args=())
-def group_picks(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_picks(
+    ids: Tensor, num_experts: int, num_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sort picks by expert, each expert's in order.
 
     Args:
         ids: [T, K] of integers in -1..E-1.
         num_experts: E.
+        num_rows: P, if it is less than T K: no more than P of the ids are other than -1. It may be
+            0 where T is.
 
     Returns:
-        order [T K] int32, the pick of each row; inverse [T K] int32, the row of each pick; and
-        offs [E] int32, where each expert's rows end.
+        order [P] int32, the pick of each row; inverse [T K] int32, the row of each pick, which is P
+        or more for some that live elsewhere; and offs [E] int32, where each expert's rows end.
     """
     if ids.is_cuda:
-        return _group_on_gpu(ids, num_experts)
+        return _group_on_gpu(ids, num_experts, num_rows)
     # -1 becomes E, which sorts last.
     expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
     offs = torch.searchsorted(expert, torch.arange(num_experts, dtype=ids.dtype), right=True)
-    return order.int(), inverse.int(), offs.int()
+    return order[:num_rows].int(), inverse.int(), offs.int()
 
 
 @torch.library.custom_op("moe_compile::spread_rows", mutates_args=())
@@ -48,7 +53,7 @@ def spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: 
         picks: K.
 
     Returns:
-        [T K, H], fresh and contiguous; from offs[-1] on it may hold anything.
+        [P, H], fresh and contiguous; from offs[-1] on it may hold anything.
     """
     if x.is_cuda:
         return _spread_on_gpu(x, order, inverse, offs, picks)
@@ -65,7 +70,7 @@ def collect_rows(rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, pic
     """Each token's sum.
 
     Args:
-        rows: [T K, H].
+        rows: [P, H].
         order, inverse, offs: from `group_picks`.
         picks: K.
 
@@ -79,17 +84,22 @@ def collect_rows(rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, pic
 
 def collect_meaning(rows: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
     """`collect_rows` in torch."""
-    is_real = (inverse < offs[-1])[:, None]
-    own = torch.where(is_real, rows.index_select(0, inverse), 0)
-    return own.view(-1, picks, rows.shape[1]).sum(dim=1)
+    own, is_real = rows_of_picks(rows, inverse, offs)
+    return torch.where(is_real, own, 0).view(-1, picks, rows.shape[1]).sum(dim=1)
+
+
+def rows_of_picks(rows: Tensor, inverse: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each pick, [T K, H], and whether it is one, [T K, 1]: else it is any row."""
+    own = rows.index_select(0, inverse.clamp(max=rows.shape[0] - 1))
+    return own, (inverse < offs[-1])[:, None]
 
 
 def _group_on_gpu(
-    ids: Tensor, num_experts: int, *, wrap: Wrap = as_it_is
+    ids: Tensor, num_experts: int, num_rows: int | None = None, *, wrap: Wrap = as_it_is
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moe_compile.kernels import row_kernels  # needs Triton
 
-    return row_kernels.group_picks(ids, num_experts, wrap=wrap)
+    return row_kernels.group_picks(ids, num_experts, num_rows, wrap=wrap)
 
 
 def _spread_on_gpu(
@@ -97,7 +107,7 @@ def _spread_on_gpu(
 ) -> Tensor:
     from moe_compile.kernels import row_kernels
 
-    return row_kernels.spread(x, inverse, offs, picks, wrap=wrap)
+    return row_kernels.spread(x, order.shape[0], inverse, offs, picks, wrap=wrap)
 
 
 def _collect_on_gpu(
@@ -116,9 +126,10 @@ show_kernels(collect_rows, _collect_on_gpu)
 
 
 @group_picks.register_fake
-def _(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    order, inverse = (ids.new_empty(ids.numel(), dtype=torch.int32) for _ in range(2))
-    return order, inverse, ids.new_empty(num_experts, dtype=torch.int32)
+def _(ids: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ids.numel() if num_rows is None else num_rows, ids.numel(), num_experts
+    order, inverse, offs = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
+    return order, inverse, offs
 
 
 @spread_rows.register_fake
@@ -128,7 +139,7 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Te
 
 @collect_rows.register_fake
 def _(rows: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
-    return rows.new_empty(order.shape[0] // picks, rows.shape[1])
+    return rows.new_empty(inverse.shape[0] // picks, rows.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:

@@ -6,7 +6,7 @@ among a start's results are *stand-ins* (see `in_flight`), of which its wait mak
     start_dispatch(x, ids, weights, num_experts, group, max_tokens, after)
         -> (done, rows, ids, weights, *known)
     wait_dispatch(rows, ids, weights, known, group, max_tokens, after)
-        -> (done, rows, ids, weights, *arrived)
+        -> (done, rows, ids, weights, places, *arrived)
     start_combine(y, weights, handle, group, after) -> (done, y, weights)
     wait_combine(y, weights, handle, num_tokens, group, after) -> (done, out, weights)
     start_redispatch(g, handle, group, after) -> (done, g)
@@ -40,15 +40,16 @@ class Dispatcher:
     Attributes:
         name: with which the names of its operators begin.
         begin_dispatch: of (x, ids, weights, num_experts, group, max_tokens), what is known of the
-            handle at once, and what waits for rows [U, H], local ids [U, K], weights [U, K] and
-            for what of the handle arrives with them.
+            handle at once, and what waits for rows [U, H], local ids [U, K], weights [U, K], places
+            [P, 0] and for what of the handle arrives with them.
         begin_combine: of (y, weights or None, handle, group), what waits for the sums of each
             token, [T, H], and [T, K] or [0, 0].
         begin_redispatch: of (g, handle, group), what waits for rows [U, H].
         known, arrived: how many tensors these are.
         fake_known, fake_arrived: of the arguments of `start_dispatch` and `wait_dispatch`, those
-            tensors without data; the latter with the number of rows, U, before them.
-        handle: of what was known and what arrived, what combine and redispatch need.
+            tensors without data; the latter with U and P before them.
+        handle: of what was known and what arrived, what combine and redispatch need; tensor 3 of
+            it has U rows.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Dispatcher:
     known: int
     arrived: int
     fake_known: Callable[..., Known]
-    fake_arrived: Callable[..., tuple[Any, Known]]
+    fake_arrived: Callable[..., tuple[Any, Any, Known]]
     handle: Callable[[Known, Known], list[Tensor]]
 
 
@@ -93,7 +94,8 @@ class _Pairs:
             "wait_dispatch",
             self._end_dispatch,
             "Tensor x, Tensor ids, Tensor weights, Tensor[] known, str group, "
-            f"SymInt? max_tokens, Tensor? after) -> (Tensor, Tensor, Tensor, Tensor{arrived}",
+            "SymInt? max_tokens, Tensor? after) "
+            f"-> (Tensor, Tensor, Tensor, Tensor, Tensor{arrived}",
             self._fake_wait_dispatch,
         )
         self.start_combine = self._op(
@@ -164,11 +166,11 @@ class _Pairs:
         group: str,
         max_tokens: int | None = None,
         after: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         stand_ins, known = flight[1:4], flight[4:]
         given = *stand_ins, known, group, max_tokens, after
-        done, rows, ids, weights, *arrived = self.wait_dispatch(*given)
-        return rows, ids, weights, self.by.handle(known, arrived), done
+        done, rows, ids, weights, places, *arrived = self.wait_dispatch(*given)
+        return rows, ids, weights, places, self.by.handle(known, arrived), done
 
     def start_back(
         self,
@@ -220,8 +222,9 @@ class _Pairs:
         return _done(x), stand_in(x), stand_in(ids), stand_in(weights), *known
 
     def _fake_wait_dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, *others: Any) -> Any:
-        rows, arrived = self.by.fake_arrived(x, ids, weights, *others)
-        return _done(x), *(t.new_empty(rows, t.shape[1]) for t in (x, ids, weights)), *arrived
+        rows, places, arrived = self.by.fake_arrived(x, ids, weights, *others)
+        here = (t.new_empty(rows, t.shape[1]) for t in (x, ids, weights))
+        return _done(x), *here, x.new_empty(places, 0), *arrived
 
     # The backwards: what travels the other way.
 
@@ -251,7 +254,7 @@ class _Pairs:
     def _save_wait_dispatch(self, ctx: Any, inputs: Any, output: Any) -> None:
         _, _, _, known, ctx.group, _, after = inputs
         ctx.is_chained = after is not None
-        ctx.save_for_backward(*self.by.handle(known, output[4:]))
+        ctx.save_for_backward(*self.by.handle(known, output[5:]))
         ctx.mark_non_differentiable(output[2], *output[4:])
 
 
@@ -290,8 +293,10 @@ def _save_start_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _save_start_combine(ctx: Any, inputs: Any, output: Any) -> None:
-    y, _, handle, _, after = inputs
-    ctx.num_rows, ctx.num_handle, ctx.is_chained = y.shape[0], len(handle), after is not None
+    _, _, handle, _, after = inputs
+    # Not y's own: a recomputed layer would compute it again to learn its size.
+    ctx.num_rows = handle[3].shape[0]
+    ctx.num_handle, ctx.is_chained = len(handle), after is not None
     ctx.mark_non_differentiable(output[2])
 
 

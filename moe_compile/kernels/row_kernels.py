@@ -45,6 +45,7 @@ def _place(
     order,
     inverse,
     num_picks,
+    num_rows,
     num_experts,
     bins: tl.constexpr,
     size: tl.constexpr,
@@ -59,23 +60,24 @@ def _place(
     row = tl.load(ends + cell) - tl.load(counts + cell) + tl.sum(is_before.to(tl.int32), axis=1)
     is_pick = start + index < num_picks
     tl.store(inverse + start + index, row, mask=is_pick)
-    tl.store(order + row, start + index, mask=is_pick)
+    tl.store(order + row, start + index, mask=is_pick & (row < num_rows))
 
 
 def group_picks(
-    ids: Tensor, num_experts: int, *, wrap: Wrap = as_it_is
+    ids: Tensor, num_experts: int, num_rows: int | None, *, wrap: Wrap = as_it_is
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`expert_rows.group_picks` on a GPU: a counting sort of two passes over the picks."""
     num_picks = ids.numel()
+    num_rows = num_picks if num_rows is None else num_rows
     # One more than there must be: a size that may be 1 is a question that a trace cannot answer.
     programs = num_picks // _PICKS + 2
     bins = triton.next_power_of_2(num_experts + 2)
     counts = torch.empty(bins, programs, dtype=torch.int32, device=ids.device)
-    order, inverse = (counts.new_empty(num_picks) for _ in range(2))
+    order, inverse = (counts.new_empty(size) for size in (num_rows, num_picks))
     ids = ids.contiguous()
     wrap(_count)[(programs,)](ids, counts, num_picks, num_experts, bins, _PICKS)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
-    sizes = num_picks, num_experts, bins, _PICKS
+    sizes = num_picks, num_rows, num_experts, bins, _PICKS
     wrap(_place)[(programs,)](ids, ends, counts, order, inverse, *sizes)
     return order, inverse, ends.view(bins, programs)[:num_experts, -1].contiguous()
 
@@ -121,11 +123,11 @@ def _grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
 
 
 def spread(
-    x: Tensor, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
+    x: Tensor, rows: int, inverse: Tensor, offs: Tensor, picks: int, *, wrap: Wrap = as_it_is
 ) -> Tensor:
-    """`expert_rows.spread_rows` on a GPU."""
+    """`expert_rows.spread_rows` on a GPU, to a number of rows."""
     tokens, width = x.shape
-    out = x.new_empty(inverse.shape[0], width)
+    out = x.new_empty(rows, width)
     grid, size = _grid(tokens, width)
     sizes = tokens, width, offs.shape[0] - 1, picks, size
     wrap(_spread)[grid](x.contiguous(), inverse, offs, out, *sizes)

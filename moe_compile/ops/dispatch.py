@@ -14,7 +14,7 @@ def dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Send each token once to every rank that owns one of its experts.
 
     The reference is the meaning for a group of one rank, where every token is at home.
@@ -31,8 +31,10 @@ def dispatch(
     Returns:
         rows [U, H], the tokens received; their ids [U, K], counted from this rank's first expert,
         or -1 for an expert that lives elsewhere; their weights [U, K], of which those of other
-        ranks' experts mean nothing, but are finite; and the handle, tensors that only `combine`
-        reads. Rows for tokens that did not come have no expert: they and their gradients are
-        whatever the memory held, NaN too.
+        ranks' experts mean nothing, but are finite; places [P, 0], without elements: no more than P
+        of the ids are other than -1; and the handle, tensors that only `combine` reads. Rows for
+        tokens that did not come have no expert: they and their gradients are whatever the memory
+        held, NaN too.
     """
-    return x, ids, weights, [torch.arange(x.shape[0], device=x.device)]
+    places = x.new_empty(ids.numel(), 0)
+    return x, ids, weights, places, [torch.arange(x.shape[0], device=x.device)]

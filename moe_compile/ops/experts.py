@@ -23,6 +23,7 @@ def experts(
     norm_weight: Tensor | None = None,
     transposed: bool = False,
     weigh_input: bool = False,
+    places: Tensor | None = None,
 ) -> Tensor:
     """out[t] = sum over picks k of weights[t, k] * expert[ids[t, k]](x[t]).
 
@@ -46,6 +47,7 @@ def experts(
         norm_weight: one for all experts, [Hout], or of each, [E, Hout].
         transposed: How up and down are stored.
         weigh_input: Weigh the expert's input, not its result (Llama 4).
+        places: [P, 0], from `dispatch`: no more than P of the ids are other than -1.
 
     Returns:
         [T, Hout] in x's dtype. An expert that no token picked has gradients of zero.

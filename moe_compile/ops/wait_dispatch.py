@@ -12,7 +12,7 @@ def wait_dispatch(
     group: str,
     max_tokens: int | None = None,
     after: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Wait for what a `start_dispatch` has begun.
 
     The reference is the meaning for a group of one rank, where every token is at home.
@@ -23,8 +23,10 @@ def wait_dispatch(
         after: As in `start_dispatch`.
 
     Returns:
-        rows [U, H], their ids [U, K], their weights [U, K] and the handle, as `dispatch` does; and
-        what this was done by.
+        rows [U, H], their ids [U, K], their weights [U, K], places [P, 0] and the handle, as
+        `dispatch` does; and what this was done by.
     """
     done, x, ids, weights = flight
-    return x, ids, weights, [torch.arange(x.shape[0], device=x.device)], torch.zeros_like(done)
+    places = x.new_empty(ids.numel(), 0)
+    handle = [torch.arange(x.shape[0], device=x.device)]
+    return x, ids, weights, places, handle, torch.zeros_like(done)

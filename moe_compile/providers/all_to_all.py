@@ -22,10 +22,11 @@ def _dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     # The collective wants the sizes on the host, whatever is known of the largest.
-    rows, ids, weights, *handle = all_to_all_dispatch(x, ids, weights, num_experts, group)
-    return rows, ids, weights, handle
+    sent = all_to_all_dispatch(x, ids, weights, num_experts, group)
+    rows, ids, weights, places, *handle = sent
+    return rows, ids, weights, places, handle
 
 
 def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Tensor:

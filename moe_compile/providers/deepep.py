@@ -42,10 +42,10 @@ def _dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens)
-    rows, ids, weights, *handle = sent
-    return rows, ids, weights, handle
+    rows, ids, weights, places, *handle = sent
+    return rows, ids, weights, places, handle
 
 
 def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Tensor:
@@ -59,10 +59,10 @@ def _elastic_dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     sent = elastic_dispatch(x, ids, weights, num_experts, group, max_tokens)
-    rows, ids, weights, *handle = sent
-    return rows, ids, weights, handle
+    rows, ids, weights, places, *handle = sent
+    return rows, ids, weights, places, handle
 
 
 def _elastic_combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Tensor:

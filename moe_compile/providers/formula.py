@@ -31,6 +31,7 @@ def _experts(
     norm_weight: Tensor | None = None,
     transposed: bool = False,
     weigh_input: bool = False,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The products are `grouped_mm` here too; rows are sorted, gathered and summed by torch."""
     num_experts, picks = up.shape[0], ids.shape[1]

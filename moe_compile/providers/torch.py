@@ -10,7 +10,12 @@ from torch import Tensor
 
 from moe_compile import ops
 from moe_compile.kernels.activation import activate, is_fusable
-from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
+from moe_compile.kernels.expert_rows import (
+    collect_rows,
+    group_picks,
+    rows_of_picks,
+    spread_rows,
+)
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.attention import band
@@ -139,7 +144,7 @@ def attention(
 
 
 class _Arrange(torch.autograd.Function):
-    """weights[T K, 1] in the experts' order; the gradient of what lives elsewhere is zero."""
+    """weights[T K, 1] of the rows, [P, 1]; the gradient of what lives elsewhere is zero."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, order: Tensor, inverse: Tensor, offs: Tensor) -> Tensor:
@@ -149,8 +154,8 @@ class _Arrange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         inverse, offs = ctx.saved_tensors
-        own = grads[0].index_select(0, inverse)
-        return torch.where((inverse < offs[-1])[:, None], own, 0), None, None, None
+        own, is_real = rows_of_picks(grads[0], inverse, offs)
+        return torch.where(is_real, own, 0), None, None, None
 
 
 class _BiasRows(torch.autograd.Function):
@@ -185,9 +190,11 @@ def _experts(
     norm_weight: Tensor | None = None,
     transposed: bool = False,
     weigh_input: bool = False,
+    places: Tensor | None = None,
 ) -> Tensor:
     num_experts, picks = up.shape[0], ids.shape[1]
-    grouped = order, _, offs = group_picks(ids, num_experts)
+    num_rows = None if places is None else places.shape[0]
+    grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
     weight: Tensor = _Arrange.apply(weights.reshape(-1, 1), *grouped)
     rows = spread_rows(x, *grouped, picks)
     if weigh_input:

@@ -8,7 +8,7 @@ from torch import fx
 from moe_compile import ops
 from moe_compile.rewrite.expert_weights import PRODUCTS
 from moe_compile.rewrite.unit_graph import UnitGraph
-from moe_compile.rewrite.writing import Writer
+from moe_compile.rewrite.writing import ARRIVALS, Writer
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Journey:
     def of(cls, dispatch: fx.Node) -> "Journey":
         """The journey that begins with a dispatch."""
         parts: dict[Any, fx.Node] = {node.args[1]: node for node in dispatch.users}
-        (experts,) = parts[0].users
-        (combine,) = parts[3].users
+        (experts,), (combine,) = parts[0].users, parts[len(ARRIVALS)].users
         assert experts.target is ops.experts
         assert combine.target is ops.combine
         return cls(dispatch, experts, combine)

@@ -34,10 +34,15 @@ class Writer:
         return self.add(getitem, (node, index), node.meta["val"][index])
 
 
+ARRIVALS = ("x", "ids", "weights", "places")
+"""The arguments of the experts that dispatch returns, in its order; the handle comes after them."""
+
+
 def received(x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Any, ...]:
     """Fake values of what dispatch returns: as many rows as the other ranks have for us."""
-    rows = unknown_size(x)
-    return (*(t.new_empty(rows, t.shape[1]) for t in (x, ids, weights)), [ids.new_empty(rows)])
+    rows, places = unknown_size(x), x.new_empty(unknown_size(x), 0)
+    here = (t.new_empty(rows, t.shape[1]) for t in (x, ids, weights))
+    return *here, places, [ids.new_empty(rows)]
 
 
 def unknown_size(like: Any) -> torch.SymInt:

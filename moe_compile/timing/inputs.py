@@ -81,7 +81,9 @@ def forms_of(op: CanonicalOp[..., Any], call: Call, sizes: Sizes) -> dict[str, A
     """
     found: dict[str, Any] = {}
     for name, value in call.arguments(op).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.numel() == 0:
+            found[name] = None  # tells a size: here all picks are real
+        elif isinstance(value, Tensor):
             shape, stride = (
                 tuple(map(sizes.number, numbers)) for numbers in (value.shape, value.stride())
             )

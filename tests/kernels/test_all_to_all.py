@@ -28,9 +28,10 @@ HIDDEN, DTYPE = 8, torch.float64
 
 
 def parallel(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    rows, theirs, weighed, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
-    y = TorchProvider().implementation(experts)(rows, theirs, weighed, up, down, torch.tanh)
-    return all_to_all_combine(y, None, source, splits, x.shape[0], group())[0]
+    *arrived, places, source, splits, came = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
+    compute = TorchProvider().implementation(experts)
+    y = compute(*arrived, up, down, torch.tanh, places=places)
+    return all_to_all_combine(y, None, source, splits, came, x.shape[0], group())[0]
 
 
 def recomputed(*inputs: Tensor) -> Any:
@@ -138,7 +139,8 @@ def check_local_ids() -> None:
     local = EXPERTS // dist.get_world_size()
     for case in CASES:
         x, ids, weights = tokens_of(case, dist.get_rank(), HIDDEN, DTYPE)
-        theirs = all_to_all_dispatch(x, ids, weights, EXPERTS, group())[1]
+        _, theirs, _, places, *_ = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
+        assert places.shape == ((theirs >= 0).sum(), 0), case
         assert bool(((theirs >= -1) & (theirs < local)).all()), case
         assert bool((theirs >= 0).any(dim=1).all()), case
 
@@ -151,14 +153,12 @@ def opcheck() -> None:
     x, ids, weights = tokens_of("even", 0, HIDDEN, DTYPE)
     x.requires_grad_()
     weights.requires_grad_()
-    rows, _, _, source, splits = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
+    rows, _, _, _, *handle = all_to_all_dispatch(x, ids, weights, EXPERTS, group())
     y = rows.detach().requires_grad_()
     torch.library.opcheck(all_to_all_dispatch, (x, ids, weights, EXPERTS, group()))
-    torch.library.opcheck(all_to_all_combine, (y, None, source, splits, len(x), group()))
-    torch.library.opcheck(
-        all_to_all_combine, (y.detach(), weights.detach(), source, splits, 6, group())
-    )
-    torch.library.opcheck(all_to_all_redispatch, (x.detach(), source, splits, len(y), group()))
+    torch.library.opcheck(all_to_all_combine, (y, None, *handle, len(x), group()))
+    torch.library.opcheck(all_to_all_combine, (y.detach(), weights.detach(), *handle, 6, group()))
+    torch.library.opcheck(all_to_all_redispatch, (x.detach(), *handle, group()))
 
 
 def test_opcheck() -> None:

@@ -60,8 +60,8 @@ def parallel(provider: Provider, bound: int | None = None) -> Program:
     compute = TorchProvider().implementation(experts)
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-        rows, theirs, weighed, handle = send(x, ids, weights, EXPERTS, group(), bound)
-        y = compute(rows, theirs, weighed, up, down, torch.tanh)
+        *arrived, places, handle = send(x, ids, weights, EXPERTS, group(), bound)
+        y = compute(*arrived, up, down, torch.tanh, places=places)
         out: Tensor = bring(y, handle, x.shape[0], group())
         return out
 
@@ -161,7 +161,9 @@ def opcheck(bound: int | None) -> None:
     weights.requires_grad_()
     outputs = deep_ep_dispatch(x, ids, weights, EXPERTS, group(), bound)
     assert all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs)
-    handle, y = list(outputs[3:]), outputs[0].detach().requires_grad_()
+    picks = outputs[1].numel() if bound else int((outputs[1] >= 0).sum())
+    assert outputs[3].shape == (picks, 0)
+    handle, y = list(outputs[4:]), outputs[0].detach().requires_grad_()
     torch.library.opcheck(deep_ep_dispatch, (x, ids, weights, EXPERTS, group(), bound))
     torch.library.opcheck(deep_ep_combine, (y, None, handle, group()))
     torch.library.opcheck(deep_ep_combine, (y.detach(), outputs[2].detach(), handle, group()))

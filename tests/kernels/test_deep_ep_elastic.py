@@ -18,7 +18,7 @@ from tests.kernels.dispatching import CASES, EXPERTS, group, tokens_of
 from tests.ranks import on_ranks
 
 HIDDEN = 256
-NUMBERS = 5  # the place of experts, bound and SMs among the outputs of a dispatch
+NUMBERS = 6  # the place of experts, bound and SMs among the outputs of a dispatch
 
 
 def tokens_with(case: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def opcheck(bound: int | None = None) -> None:
     weights.requires_grad_()
     outputs = send(x, ids, weights, bound)
     assert all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs)
-    handle, y = list(outputs[3:]), outputs[0].detach().requires_grad_()
+    handle, y = list(outputs[4:]), outputs[0].detach().requires_grad_()
     torch.library.opcheck(elastic_dispatch, (x, ids, weights, EXPERTS, group(), bound))
     torch.library.opcheck(elastic_combine, (y, None, handle, group()))
     torch.library.opcheck(elastic_combine, (y.detach(), outputs[2].detach(), handle, group()))
@@ -57,9 +57,11 @@ def padding() -> None:
     for case in CASES:
         x, ids, weights = tokens_with(case)
         exact, bounded = send(x, ids, weights), send(x, ids, weights, 60)
-        real, handle = len(exact[0]), list(bounded[3:])
-        assert handle[NUMBERS - 3].tolist() == [EXPERTS, 60, 4]
+        real, handle = len(exact[0]), list(bounded[4:])
+        assert handle[NUMBERS - 4].tolist() == [EXPERTS, 60, 4]
         assert len(bounded[0]) == 120
+        assert exact[3].shape == ((exact[1] >= 0).sum(), 0)
+        assert bounded[3].shape == (bounded[1].numel(), 0)
         for one, other in zip(exact[:3], bounded[:3], strict=True):
             assert torch.equal(one, other[:real])
         assert bool(bounded[0][real:].isnan().all())
@@ -68,7 +70,7 @@ def padding() -> None:
         again = elastic_redispatch(x, handle, group())
         assert torch.equal(again[:real], exact[0])
         back = elastic_combine(bounded[0], bounded[2], handle, group())
-        want = elastic_combine(exact[0], exact[2], list(exact[3:]), group())
+        want = elastic_combine(exact[0], exact[2], list(exact[4:]), group())
         assert all(torch.equal(*pair) for pair in zip(back, want, strict=True))
 
 
@@ -80,8 +82,8 @@ def buffers() -> None:
     (first,) = BUFFERS.values()
     many = 2049 if dist.get_rank() == 1 else 0
     ids = torch.arange(many)[:, None] % EXPERTS
-    rows, _, _, *handle = send(torch.ones(many, HIDDEN).bfloat16(), ids, torch.ones(many, 1))
-    assert handle[NUMBERS - 3].tolist() == [EXPERTS, 4096, 4]
+    rows, _, _, _, *handle = send(torch.ones(many, HIDDEN).bfloat16(), ids, torch.ones(many, 1))
+    assert handle[NUMBERS - 4].tolist() == [EXPERTS, 4096, 4]
     (second,) = BUFFERS.values()
     assert second is not first
     assert second.num_bytes > first.num_bytes
@@ -90,9 +92,9 @@ def buffers() -> None:
     # What was sent through the smaller buffer comes back through the larger one.
     x, ids, _ = tokens_with("uneven")
     copies = torch.stack([(ids // (EXPERTS // 2) == rank).any(1) for rank in (0, 1)]).sum(0)
-    back, _ = elastic_combine(old[0], None, list(old[3:]), group())
+    back, _ = elastic_combine(old[0], None, list(old[4:]), group())
     assert torch.equal(back, (x.float() * copies[:, None]).bfloat16())
-    assert torch.equal(elastic_redispatch(x, list(old[3:]), group()), old[0])
+    assert torch.equal(elastic_redispatch(x, list(old[4:]), group()), old[0])
     assert list(BUFFERS.values()) == [second]
     destroy_buffers()
 
@@ -105,9 +107,9 @@ def order() -> None:
         first, again = send(x, ids, weights), send(x, ids, weights)
         for one, other in zip(first[:3], again[:3], strict=True):
             assert torch.equal(one, other)
-        sources = first[7][:, 0]
+        sources = first[8][:, 0]
         assert torch.equal(sources, sources.sort().values)
-        assert torch.equal(elastic_redispatch(x, list(again[3:]), group()), first[0])
+        assert torch.equal(elastic_redispatch(x, list(again[4:]), group()), first[0])
         assert bool((first[2][first[1] < 0] == 0).all())
 
 

@@ -28,6 +28,24 @@ def test_picks_are_grouped_in_order(routing: list[list[int]]) -> None:
 
 
 @given(routing=ROUTINGS)
+def test_fewer_rows_than_picks(routing: list[list[int]]) -> None:
+    """Where it is known how many picks are here, there are rows for no others."""
+    ids = torch.tensor(routing, dtype=torch.int64).view(-1, 3)
+    ids = ids[(ids >= 0).any(dim=1)]  # no other tokens travel
+    weights = torch.rand(ids.numel(), 1, dtype=torch.float64)
+    x = torch.randn(len(ids), 4, dtype=torch.float64)
+    outs: list[list[Tensor]] = []
+    for num_rows in (None, int((ids >= 0).sum())):
+        grouped = group_picks(ids, EXPERTS, num_rows)
+        leaf = x.clone().requires_grad_()
+        rows = spread_rows(leaf, *grouped, 3)
+        assert len(rows) == len(grouped[0]) == (ids.numel() if num_rows is None else num_rows)
+        out = collect_rows(rows * weights[grouped[0].long()], *grouped, 3)
+        outs.append([out, *torch.autograd.grad(out.sum(), leaf)])
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+@given(routing=ROUTINGS)
 def test_a_sum_has_the_rows_of_its_token_alone(routing: list[list[int]]) -> None:
     ids = torch.tensor(routing, dtype=torch.int64).view(-1, 3)
     grouped = _, _, offs = group_picks(ids, EXPERTS)
@@ -63,6 +81,11 @@ def test_on_a_gpu(tokens: int, experts: int, picks: int, width: int, dtype: torc
         x = torch.randn(tokens, width, dtype=dtype)
         rows, real = spread_rows(x.cuda(), *there, picks), int(there[2][-1])
         assert torch.equal(rows[:real].cpu(), spread_rows(x, *here, picks)[:real])
+        few = group_picks(ids.cuda(), experts, real)
+        assert torch.equal(few[0], there[0][:real])
+        assert torch.equal(spread_rows(x.cuda(), *few, picks), rows[:real])
+        again = collect_rows(rows[:real], *few, picks)
         rows[there[2][-1] :] = torch.nan
+        assert torch.equal(again, collect_rows(rows, *there, picks))
         exact = collect_rows(rows.cpu().double(), *here, picks)
         torch.testing.assert_close(collect_rows(rows, *there, picks).cpu(), exact.to(dtype))

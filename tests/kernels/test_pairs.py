@@ -37,8 +37,8 @@ def whole(provider: Provider, bound: int | None = None) -> Program:
     def run(
         x: Tensor, weights: Tensor, up: Tensor, down: Tensor, beside: Tensor, ids: Tensor
     ) -> Any:
-        rows, theirs, weighed, handle = send(x, ids, weights, EXPERTS, group(), bound)
-        y = compute(rows, theirs, weighed, up, down)
+        *arrived, places, handle = send(x, ids, weights, EXPERTS, group(), bound)
+        y = compute(*arrived, up, down, places=places)
         return bring(y, handle, x.shape[0], group()) + x @ beside
 
     return run
@@ -52,8 +52,8 @@ def paired(provider: Provider, bound: int | None = None) -> Program:
     ) -> Any:
         flight = start(x, ids, weights, EXPERTS, group(), bound)
         other = x @ beside
-        rows, theirs, weighed, handle, _ = wait(flight, group(), bound)
-        y = compute(rows, theirs, weighed, up, down)
+        *arrived, places, handle, _ = wait(flight, group(), bound)
+        y = compute(*arrived, up, down, places=places)
         flight = send_back(y, handle, x.shape[0], group())
         return take_back(flight, x.shape[0], group())[0] + other
 
@@ -76,8 +76,8 @@ def chained(provider: Provider, bound: int | None = None) -> Program:
             after = flights[-1][0]
         back: list[Any] = []
         for flight, size in zip(flights, sizes, strict=True):
-            rows, theirs, weighed, handle, after = wait(flight, group(), bound, after)
-            y = compute(rows, theirs, weighed, up, down)
+            *arrived, places, handle, after = wait(flight, group(), bound, after)
+            y = compute(*arrived, up, down, places=places)
             back.append(send_back(y, handle, size, group(), after))
             after = back[-1][0]
         outs: list[Tensor] = []
@@ -158,7 +158,7 @@ def check_reuse(provider: Provider, hidden: int, dtype: torch.dtype, bound: int 
     flight = start(x, ids, weights, EXPERTS, group(), bound)
     for t in (x, ids, weights):
         t.fill_(3)
-    rows, theirs, _, handle, _ = wait(flight, group(), bound)
+    rows, theirs, _, _, handle, _ = wait(flight, group(), bound)
     came = theirs[:, 0] >= -1 if bound is None else (theirs >= 0).any(1)
     y = rows.masked_fill(~came[:, None], 0)
     flight = send_back(y, handle, tokens, group())

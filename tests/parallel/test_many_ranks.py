@@ -60,7 +60,7 @@ def check_rank(full: Any, rank: int, ranks: int) -> None:
         part = parts[rank] if rank < len(parts) else stored[:0]
         assert torch.equal(mine.to_local(), part), name
     graph = traced(model, graphs)
-    ((rows, ids, _, _, splits),) = values(graph, "all_to_all_dispatch")
+    ((rows, ids, _, _, _, splits, _),) = values(graph, "all_to_all_dispatch")
     tokens, width = call_of(0)["input_ids"].numel(), full.config.hidden_size
     assert (rows.shape[0], rows.shape[1]) == (ids.shape[0], width)
     assert splits.shape == (2, ranks)

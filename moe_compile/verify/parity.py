@@ -39,10 +39,13 @@ Values = dict[str, Tensor]
 _LIMIT_BYTES = 256 * 2**20
 _DRAWS = 8
 
+_ROUNDING = 1024 * torch.finfo(torch.float64).eps
+"""Beside the largest, what float64 may leave of terms that cancel."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Errors:
-    """Relative L2 errors by value: the capture against the module, the rewrite and the module
+    """L2 errors by value, see `_scales`: the capture against the module, the rewrite and the module
     against float64; and the rounding that they are judged by.
     """
 
@@ -139,9 +142,11 @@ class Verifier:
             same, _ = run(captured, owner, tensors, used)
             eps = _epsilon(owner, tensors)
         if self.level == "raise":
-            return _Errors(eps, _errors(same, own), {}, {})
+            return _Errors(eps, _errors(same, own, _scales(own)), {}, {})
         wide = _in_float64(captured, owner, tensors, used)
-        return _Errors(eps, _errors(same, own), _errors(new, wide), _errors(own, wide))
+        scales = _scales(wide)
+        errors = [_errors(*each, scales) for each in ((same, own), (new, wide), (own, wide))]
+        return _Errors(eps, *errors)
 
     def _prove(self, graph: UnitGraph, call: int, variant: Variant) -> None:
         assert graph.raised is not None
@@ -290,15 +295,23 @@ def _in_float64(
         return run(program, copy.deepcopy(owner).double(), wide, used)[0]
 
 
-def _errors(values: Values, reference: Values) -> dict[str, float]:
-    """The relative L2 error of every value."""
-    return {name: _relative(value, reference[name]) for name, value in values.items()}
+def _scales(reference: Values) -> dict[str, float]:
+    """What the error of every value is measured by: its L2 norm.
+
+    A value that is zero but for rounding, such as the gradient of a single pick's score that is
+    divided by itself, has no relative error: it is measured by the largest norm.
+    """
+    norms = {name: value.double().norm().item() for name, value in reference.items()}
+    largest = max(norms.values())
+    return {n: norm if norm > _ROUNDING * largest else largest for n, norm in norms.items()}
 
 
-def _relative(value: Tensor, reference: Tensor) -> float:
-    difference = (value.double() - reference.double()).norm().item()
-    norm = reference.double().norm().item()
-    return difference / norm if norm > 0 else difference
+def _errors(values: Values, reference: Values, scales: dict[str, float]) -> dict[str, float]:
+    """The L2 error of every value beside its scale; absolute where everything is zero."""
+    return {
+        name: (value.double() - reference[name].double()).norm().item() / (scales[name] or 1.0)
+        for name, value in values.items()
+    }
 
 
 def _epsilon(owner: nn.Module, tensors: list[Tensor]) -> float:

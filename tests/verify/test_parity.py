@@ -16,6 +16,7 @@ from moe_compile.providers import torch as torch_provider
 from moe_compile.report import Site
 from moe_compile.rewrite.facts import Fact
 from moe_compile.rewrite.unit_graph import UnitGraph
+from moe_compile.verify import parity
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
@@ -103,6 +104,26 @@ def test_a_wrong_implementation_is_refused(
     assert site.status == "refused"
     assert "verification failed: the rewrite has an error" in str(site.reason)
     assert where in str(site.reason)
+
+
+def errors_of(noise: float, reference: float) -> parity._Errors:
+    """Of a small value beside a large one.
+
+    `reference`: what float64 finds; the module itself finds 1e-7, the rewrite `noise`.
+    """
+    values = {n: {"large": torch.ones(4) * 100, "small": torch.ones(4) * n} for n in (noise, 1e-7)}
+    wide = {"large": torch.ones(4) * 100, "small": torch.ones(4) * reference}
+    scales = parity._scales(wide)
+    new, own = (parity._errors(each, wide, scales) for each in values.values())
+    return parity._Errors(1.2e-7, {}, new, own)
+
+
+def test_what_is_zero_but_for_rounding_has_no_relative_error() -> None:
+    assert errors_of(noise=1e-5, reference=1e-15).problem() is None
+    assert errors_of(noise=1e-5, reference=0.0).problem() is None
+    assert "in small" in str(errors_of(noise=1e-3, reference=1e-15).problem())
+    assert "in small" in str(errors_of(noise=1e-5, reference=1e-6).problem())
+    assert "in small" in str(errors_of(noise=float("nan"), reference=0.0).problem())
 
 
 def test_off_verifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

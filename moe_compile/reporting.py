@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from moe_compile.rewrite.anchors import (
     is_selection,
     selects_positions,
 )
+from moe_compile.rewrite.expert_products import expert_products
 from moe_compile.rewrite.journeys import schedule
 from moe_compile.rewrite.matcher import NearMiss, source_of
 from moe_compile.rewrite.normal_form import aten
@@ -48,7 +50,8 @@ def summarize(
         elif group.problem is not None and _attention_is_lost(group, groups, units):
             sites.append(replace(_uncaptured(group), kind="attention"))
         if graphs:
-            sites += _routing_sites(group, graphs[0], beside=group.names[0] in beside)
+            routing = _routing_sites(group, graphs[0], beside=group.names[0] in beside)
+            sites += [*routing.values(), *_product_sites(group, graphs[0], routing)]
             sites += _anchor_sites(group, graphs[0])
     for installation in installations:
         sites += installation.sites
@@ -113,10 +116,14 @@ def _attention_is_lost(group: Group, groups: list[Group], units: list[list[UnitG
     return not uncaptured and not any(n.meta.get("op") is attention for n in nodes)
 
 
-def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]:
+def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> dict[str, Site]:
     """Routers that feed experts are kept; a selection that feeds none is a refused site.
 
-    `beside`: the experts are in another part of an uncaptured unit.
+    Args:
+        beside: the experts are in another part of an uncaptured unit.
+
+    Returns:
+        the sites by the modules' names inside the unit.
     """
     routers = _routers(unit)
     sites: dict[str, Site] = {}
@@ -130,7 +137,28 @@ def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> list[Site]
             sites[path] = Site(name, len(group.names), "router", "top_k", "kept", reason)
         elif path not in sites:
             sites[path] = _unmatched(name, len(group.names), "experts", unit, node)
-    return list(sites.values())
+    return sites
+
+
+def _product_sites(group: Group, unit: UnitGraph, routing: dict[str, Site]) -> Iterator[Site]:
+    """Experts' weights in products that no match took, where no refused selection tells of them.
+
+    One does in the module that holds the weights, in one that this is a part of, or in another part
+    of that.
+    """
+    products = expert_products(unit.graph)
+    refused = [path for path, site in routing.items() if site.status == "refused"]
+    for holder, node in products.items():
+        others = [other for other in products if other != holder and not _is_in(holder, other)]
+        own = [path for path in refused if not any(_is_in(path, other) for other in others)]
+        around = holder.rpartition(".")[0]
+        if not any(_is_in(path, around) or _is_in(holder, path) for path in own):
+            yield _unmatched(_full_name(group, holder), len(group.names), "experts", unit, node)
+
+
+def _is_in(path: str, module: str) -> bool:
+    """Whether a name is a module's, or that of a part of it; "" is the whole unit."""
+    return not module or f"{path}.".startswith(f"{module}.")
 
 
 def _anchor_sites(group: Group, unit: UnitGraph) -> list[Site]:
@@ -161,11 +189,20 @@ def _unmatched(name: str, layers: int, kind: str, unit: UnitGraph, node: fx.Node
     if kind != "experts":
         misses = [m for m in misses if m.calls[-1:] == node.meta["calls"][-1:]]
     best = max(misses, key=NearMiss.share, default=None)
-    nothing = "no known experts follow this selection" if kind == "experts" else "no known spelling"
+    nothing = _nothing(kind, node)
     near = _nothing_near(node, nothing) if best is None else _near(best)
     reason = f"{best.progress()}; at {best.node}: {best.reason}" if best else nothing
     shown = near if kind == "experts" else None
     return Site(name, layers, kind, near.pattern, "refused", reason, near_miss=shown)
+
+
+def _nothing(kind: str, node: fx.Node) -> str:
+    """What there is to say where no pattern came near."""
+    if kind != "experts":
+        return "no known spelling"
+    if is_selection(node):
+        return "no known experts follow this selection"
+    return "no known routing leads to this product with experts' weights"
 
 
 def _near(miss: NearMiss) -> NearMissReport:

@@ -117,24 +117,49 @@ class OddExperts(nn.Module):
         return x + (self.scales[ids] * weights.unsqueeze(-1)).sum(-2)
 
 
-class CubedLoop(OddExperts):
-    """A loop over experts whose weights are cubed on the way out, which no mixture does."""
+class Bank(nn.Module):
+    """A loop over experts, whose results are raised to a power."""
 
-    def __init__(self) -> None:
-        super().__init__("topk")
+    def __init__(self, power: int) -> None:
+        super().__init__()
         self.up = nn.Parameter(torch.randn(4, 16, 8))
         self.down = nn.Parameter(torch.randn(4, 8, 16))
+        self.power = power
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, 8)
-        weights, ids = self.gate(rows).softmax(-1).topk(2)
+    def forward(self, rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
         for expert in range(4):
             token, pick = torch.where(ids == expert)
             hidden = nn.functional.silu(rows[token] @ self.up[expert].T)
             result = (hidden @ self.down[expert].T) * weights[token, pick, None]
-            out = out.index_add(0, token, result**3)
-        return out.reshape(x.shape)
+            out = out.index_add(0, token, result**self.power)
+        return out
+
+
+class CubedLoop(OddExperts):
+    """A loop over experts whose weights are cubed on the way out, which no mixture does."""
+
+    def __init__(self) -> None:
+        super().__init__("topk")
+        self.bank = Bank(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 8)
+        weights, ids = self.gate(rows).softmax(-1).topk(2)
+        return self.bank(rows, weights, ids).reshape(x.shape)
+
+
+class Soft(nn.Module):
+    """Every token through every expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.bank = nn.Linear(8, 4, bias=False), Bank(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, ups, downs = self.gate(x).softmax(-1), self.bank.up, self.bank.down
+        each = (x @ ups[e].T @ downs[e].T * scores[..., e, None] for e in range(4))
+        return sum(each, torch.zeros_like(x))
 
 
 def refused(block: nn.Module) -> tuple[NearMissReport, str]:
@@ -159,7 +184,7 @@ def test_a_refusal_shows_the_near_miss_in_five_lines() -> None:
 def test_a_refusal_names_the_line_of_the_source() -> None:
     near, _ = refused(CubedLoop())
     assert "test_report.py:" in near.node
-    assert near.node.endswith("out = out.index_add(0, token, result**3)")
+    assert near.node.endswith("out = out.index_add(0, token, result**self.power)")
 
 
 class NeedsSize(OddExperts):
@@ -182,6 +207,32 @@ def test_a_block_that_cannot_be_captured_is_refused_though_its_children_can() ->
     assert (site.module, site.status) == ("0", "refused")
     assert site.reason is not None
     assert site.reason.endswith("in forward: rows = torch.tensor([*range(tokens.shape[0])]))")
+
+
+class Banks(nn.Module):
+    """Two banks of experts behind one router, of which one is no mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.banks = nn.ModuleDict({"plain": Bank(1), "cubed": Bank(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.reshape(-1, 8)).softmax(-1).topk(2)
+        rows = x.reshape(-1, 8)
+        return sum(bank(rows, weights, ids) for bank in self.banks.values()).reshape(x.shape)  # type: ignore[union-attr]
+
+
+def test_experts_beside_rewritten_ones_are_told_of() -> None:
+    report = moe_compile.explain(nn.Sequential(Banks()), example_inputs=(torch.randn(2, 5, 8),))
+    found = {site.module: site.status for site in report.sites if site.kind == "experts"}
+    assert found == {"0.banks.plain": "rewritten", "0.banks.cubed": "refused"}
+
+
+def test_experts_without_a_known_selection_are_told_of() -> None:
+    near, _ = refused(Soft())
+    assert near.pattern == "expert_loop"
+    assert near.reason == "the experts' results are never put together"
 
 
 def test_where_no_pattern_is_near_the_selection_is_named() -> None:

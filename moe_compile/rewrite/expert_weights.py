@@ -76,7 +76,7 @@ class Product:
 
 def products(graph: fx.Graph) -> list[Product]:
     """Every product with one expert's weight."""
-    numbered = _numbered_parameters(graph)
+    numbered = numbered_parameters(graph)
     found: list[Product] = []
     for node in graph.nodes:
         if node.target not in PRODUCTS or not isinstance(node.args[1], fx.Node):
@@ -122,7 +122,7 @@ def _expert_of_vector(node: fx.Node, numbered: dict[str, tuple[str, int]]) -> in
     return None if part is None else part[1]
 
 
-def _numbered_parameters(graph: fx.Graph) -> dict[str, tuple[str, int]]:
+def numbered_parameters(graph: fx.Graph) -> dict[str, tuple[str, int]]:
     """Parameters that are one of a row, such as `experts.3.up.weight`: their family and number."""
     names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     shapes = {str(n.target): tuple(value(n).shape) for n in graph.nodes if n.op == "get_attr"}

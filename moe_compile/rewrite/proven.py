@@ -73,6 +73,7 @@ class ProvenExperts(Pattern):
             "weigh_input": routing.form.weigh_input,
             "full": routing.form.full,
             "identity": routing.form.identity,
+            "beyond": routing.form.beyond,
         }
         nodes = _not_needed_elsewhere(routing, block)
         return Match(self, bindings, choice, routing.root, nodes)

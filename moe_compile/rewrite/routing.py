@@ -284,9 +284,12 @@ class _Slice:
         """What may be the weights, the nearest to the root first, on either side."""
         values = {cut.free, *cut.inner} - {None, *self.bodies.nodes}
         choices = choices_of(cut.ids, self.bodies.count)
+        beyond = choices > self.bodies.count
+        identities = (True, False) if beyond else (False,)
         picks = per_row(cut.ids) if cut.mask is None else cut.mask.picks
         weights = [n for n in self.weights if n in values]
         for full, width in ((False, picks), (True, choices)):
             near = [n for n in weights if per_row(n) == width][:_TRIES]
-            for weight, weigh_input in itertools.product(near, (False, True)):
-                yield Form(weight, full, weigh_input, choices > self.bodies.count)
+            spelled = itertools.product(near, (False, True), identities)
+            for weight, weigh_input, identity in spelled:
+                yield Form(weight, full, weigh_input, identity, beyond)

@@ -71,6 +71,7 @@ class Form:
     full: bool
     weigh_input: bool
     identity: bool
+    beyond: bool
 
 
 def disproof(cut: Cut, form: Form) -> str | None:
@@ -231,6 +232,7 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
             weigh_input=form.weigh_input,
             full=form.full,
             identity=form.identity,
+            beyond=form.beyond,
         )
 
     return run

@@ -27,6 +27,7 @@ def weighted_sum(
     weigh_input: bool,
     full: bool,
     identity: bool,
+    beyond: bool = False,
 ) -> Tensor:
     """`ops.experts`, with what models do around it; runs on tensors and writes graphs.
 
@@ -38,11 +39,12 @@ def weighted_sum(
         full: whether the picked weights are still to be taken out.
         identity: whether ids beyond the last expert give the token itself (zero-computation
             experts, Jin et al. 2024, arXiv:2410.07348).
+        beyond: whether there may be such ids; without `identity` they add nothing.
     """
     ids = _per_token(ids)
     weights = _picked(weights, ids) if full else _per_token(weights)
     own, count = ids, _value(up).shape[0]
-    if identity:
+    if identity or beyond:
         own = aten.masked_fill.Scalar(ids, aten.ge.Scalar(ids, count), -1)
     out = experts(
         x,

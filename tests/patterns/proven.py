@@ -49,11 +49,14 @@ def assert_raised_by(pattern: ProvenExperts, choice: Choice) -> None:
 
 
 def assert_same_sum(pattern: ProvenExperts, choice: Choice) -> None:
-    """`before` and `after` are one function over a prime field, for ids beyond the experts too."""
+    """`before` and `after` are one function over a prime field.
+
+    Ids beyond the experts add nothing, or are the identity.
+    """
     ids = torch.tensor([[0, 3], [2, 1], [3, 0], [1, 2], [0, 1]])
-    for identity in (False, True):
+    for beyond, identity in ((False, False), (True, False), (True, True)):
         fixed: Any = choice | {"identity": identity, "activation": squared}
-        own = ids + identity * (ids == 3)  # 4 is beyond the last expert
+        own = ids + beyond * (ids == 3)  # 4 is beyond the last expert
         weights = normal(TOKENS, EXPERTS + 1 if choice["full"] else PICKS, dtype=torch.float64)
         values = [t.double() for t in stacks(choice).values()]
         biases = [normal(EXPERTS, WIDTH), normal(EXPERTS, HIDDEN)]
@@ -62,7 +65,8 @@ def assert_same_sum(pattern: ProvenExperts, choice: Choice) -> None:
         if choice["weigh_input"]:
             inputs = inputs[:-2]
             fixed |= {"up_bias": None, "down_bias": None}
-        before, after = (_over_tensors(f, own, fixed) for f in (pattern.before, pattern.after))
+        before = _over_tensors(pattern.before, own, fixed)
+        after = _over_tensors(pattern.after, own, fixed | {"beyond": beyond})
         prove(before, after, [t.double() for t in inputs])
 
 

@@ -13,9 +13,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_compile.capture.boundary import enter, exit
 from moe_compile.kernels.grouped_mm import grouped_mm
-from moe_compile.rewrite.expert_bodies import reaches
 from moe_compile.rewrite.expert_weights import numbered_parameters
 from moe_compile.rewrite.normal_form import aten, value
+from moe_compile.rewrite.routing import depending_on
 
 _GROUPED = grouped_mm._opoverload
 _PRODUCTS = {
@@ -46,10 +46,12 @@ def expert_products(graph: fx.Graph) -> dict[str, fx.Node]:
     found: dict[str, fx.Node] = {}
     for node, weight in products:
         for name, count in kinds[weight]:
+            if (holder := name.rpartition(".")[0]) in found:
+                continue
             others = [n for n, w in products if name not in dict(kinds[w])]
             scores = (other for other in others if count in value(other).shape)
             if _is_routed(node, weight) or any(_meets(score, node) for score in scores):
-                found.setdefault(name.rpartition(".")[0], node)
+                found[holder] = node
     return found
 
 
@@ -92,13 +94,14 @@ def _weights(node: fx.Node, kinds: dict[fx.Node, _Kinds]) -> Iterator[fx.Node]:
 
 def _meets(scores: fx.Node, product: fx.Node) -> bool:
     """Whether scores take part in what a product gets or gives, before other products do."""
+    results = depending_on([product])
     todo, seen = list(scores.users), set[fx.Node]()
     while todo:
         node = todo.pop()
         if node in seen or node.op != "call_function" or node.target in (enter, exit):
             continue
         seen.add(node)
-        if reaches(node, product):  # the product itself, or what is computed from it
+        if node in results:
             return True
         if node.target not in _MIXES and "op" not in node.meta:
             todo += node.users

@@ -8,7 +8,7 @@ gives: outputs and gradients, exactly. What is no such sum is disproved.
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,7 @@ def _is_added_to(node: fx.Node) -> bool:
     return any(user.target is node.target and user.args[0] is node for user in node.users)
 
 
-def _depending_on(nodes: frozenset[fx.Node]) -> set[fx.Node]:
+def depending_on(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes, and all that is computed from them."""
     found, todo = set[fx.Node](), list(nodes)
     while todo:
@@ -169,7 +169,7 @@ class _Slice:
         self.inputs = {step.result: step.reads for step in bodies.steps}
         self.count: str = str(value(tokens).shape[0])
         self.nodes = self._between([tokens])
-        self.computed = _depending_on(bodies.nodes)
+        self.computed = depending_on(bodies.nodes)
         self.weights: list[fx.Node] = []
 
     def search(self) -> Routing | Refuse:

@@ -23,6 +23,7 @@ from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import Attribute, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import RandomExperts, traceable
 from moe_compile.capture.probe import Call
+from moe_compile.capture.quick_nodes import quick_nodes
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.unchanged import Unchanged
@@ -191,7 +192,7 @@ def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:
 def _functional(run: Callable[..., Any], state: list[Tensor], inputs: list[Any]) -> fx.GraphModule:
     """Traces with in-place operations made functional, composite operators kept whole."""
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with untraced_wrapping():
+    with quick_nodes(), untraced_wrapping():
         module = _make_fx(functional)(state, inputs)
     for node in list(module.graph.nodes):
         if node.target in _ASSERTS:

@@ -1,0 +1,227 @@
+"""A short way to trace an operator whose result is known: a node, and a tensor of its form.
+
+Torch takes milliseconds for each operator of a trace, whatever it is: functionalization and the
+tracer both look through its arguments and take notes that nobody reads, and its result's sizes are
+computed anew. A loop over experts has thousands of operators that were traced for another expert
+before. What torch did once, it is not asked to do again: where a result's form is known, the node is
+made at once.
+"""
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Generator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils import _pytree as pytree
+
+from moe_compile.capture.known_calls import KnownCalls
+from moe_compile.capture.remembering_mode import RememberingMode
+from moe_compile.capture.tensor_form import DESCRIBES, PLAIN, Form, Formless
+
+_ODD = {"dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_nonzero"}
+"""Operators that torch traces in ways of their own."""
+
+_ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
+
+
+class _Unknown(Exception):
+    """An operator, or a value, that only torch knows how to trace."""
+
+
+@contextlib.contextmanager
+def quick_nodes() -> Generator[None]:
+    """In it, operators are traced the short way where there is one."""
+    functional: Any = FunctionalTensorMode.__torch_dispatch__
+    traced: Any = ProxyTorchDispatchMode.__torch_dispatch__
+    tracers: dict[Any, _Quick] = {}
+
+    def quick(mode: Any) -> _Quick:
+        if mode is None or not mode.pre_dispatch:
+            raise _Unknown
+        if mode.tracer not in tracers:
+            tracers[mode.tracer] = _Quick(mode.tracer)
+        return tracers[mode.tracer]
+
+    def dispatch_functional(
+        mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        done = functools.partial(functional, mode, func, types, args, kwargs)
+        with contextlib.suppress(_Unknown, Formless):
+            way = quick(proxy_tensor.get_proxy_mode())
+            if func in way.direct:
+                return way.functional(mode, func, args, kwargs or {})
+            done = functools.partial(way.watched, done, func, args, kwargs or {})
+        return done()
+
+    def dispatch_traced(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = functools.partial(traced, mode, func, types, args, kwargs)
+        with contextlib.suppress(_Unknown, Formless):
+            way = quick(mode)
+            if _is_plain(func) and func not in mode.decomposition_table:
+                return way.traced(done, func, args, kwargs or {})
+        return done()
+
+    with (
+        mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch_functional),
+        mock.patch.object(ProxyTorchDispatchMode, "__torch_dispatch__", dispatch_traced),
+    ):
+        yield
+
+
+class _Quick:
+    """The short ways of one trace.
+
+    Attributes:
+        tracer: what makes its nodes.
+        direct: the operators that functionalization hands on as they are, and those in place, each
+            with the one that it makes of it; None for one of which it makes something else.
+        tracked: the forms whose sizes the tracer knows.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        self.tracer = tracer
+        self.direct: dict[Any, Any] = {}
+        self.tracked: set[Form] = set()
+
+    def functional(self, mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """What code gets of an operator that functionalization hands on."""
+        target = self.direct[func]
+        if target is None:
+            raise _Unknown
+        inner, options = pytree.tree_map_only(Tensor, _inner, (args, kwargs))
+        calls = _calls(inner)
+        with proxy_tensor.disable_proxy_modes_tracing():
+            form = calls.result(target, inner, options)
+        if not isinstance(form, Form):
+            raise _Unknown
+        if target is func:
+            result = self._node(target, inner, options, form)
+            return FunctionalTensor(torch._to_functional_tensor(result), mode)
+        if calls.forms.of(inner[0]) is not form:
+            raise _Unknown
+        whole = args[0].elem
+        torch._functionalize_replace(whole, self._node(target, inner, options, form))
+        torch._functionalize_commit_update(whole)
+        torch._functionalize_sync(whole)
+        return args[0]
+
+    def watched(self, run: Callable[[], Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """What code gets of an operator, noting what functionalization makes of it."""
+        target = _functional(func)
+        if target is None:
+            return run()
+        given = self._arguments(*pytree.tree_map_only(Tensor, _inner, (args, kwargs)))
+        result = run()
+        self.direct[func] = None
+        if isinstance(result, FunctionalTensor):
+            node = self._argument(_inner(result))
+            if node.target is target and (node.args, node.kwargs) == given:
+                self.direct[func] = target
+        return result
+
+    def traced(self, run: Callable[[], Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """A fake result of an operator, with a node for it."""
+        calls = _calls(args)
+        form = calls.result(func, args, kwargs)
+        if form is not None:
+            return self._node(func, args, kwargs, form)
+        result = run()
+        calls.learn(func, args, kwargs, result)
+        return result
+
+    def _node(self, func: Any, args: Any, kwargs: Any, form: Any) -> Any:
+        name = self.tracer.graph._target_to_str(func.overloadpacket.__name__)
+        node = self._create(func, *self._arguments(args, kwargs), name)
+        if isinstance(form, Form):
+            return self._track(_mode(args), node, form)
+        mode = _mode(args)
+        node.meta["val"] = [mode.forms.new(part) for part in form]
+        return [
+            self._track(mode, self._create(operator.getitem, (node, i), {}), part)
+            for i, part in enumerate(form)
+        ]
+
+    def _create(self, target: Any, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
+        return self.tracer.graph.create_node("call_function", target, args, kwargs, name)
+
+    def _track(self, mode: RememberingMode, node: fx.Node, form: Form) -> Tensor:
+        """A tensor of a form, as the value of a node."""
+        tensor, proxy = mode.forms.new(form), fx.Proxy(node, self.tracer)
+        node.meta["val"] = mode.forms.new(form)
+        if form in self.tracked:
+            self.tracer.tensor_tracker[tensor] = proxy_tensor._ProxyTensor(proxy, None)
+        else:
+            proxy_tensor.track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
+            self.tracked.add(form)
+        return tensor
+
+    def _arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._argument(tuple(args)), {n: self._argument(v) for n, v in kwargs.items()}
+
+    def _argument(self, value: Any) -> Any:
+        """What stands for a value in the graph."""
+        if isinstance(value, Tensor):
+            known = self.tracer.tensor_tracker.get(value)
+            if known is None or known.constant is not None:
+                raise _Unknown
+            return known.proxy.node
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._argument, value))
+        if isinstance(value, torch.SymInt):
+            return proxy_tensor.get_proxy_slot(value, self.tracer).force().node
+        if isinstance(value, (*PLAIN, *DESCRIBES)):
+            return value
+        raise _Unknown
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    """What functionalization wraps, with all that was written to it."""
+    if not isinstance(tensor, FunctionalTensor):
+        raise _Unknown
+    torch._functionalize_sync(tensor.elem)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _mode(args: Any) -> RememberingMode:
+    first = next((leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, FakeTensor)), None)
+    if first is None or not isinstance(first.fake_mode, RememberingMode):
+        raise _Unknown
+    return first.fake_mode
+
+
+def _calls(args: Any) -> KnownCalls:
+    return _mode(args).calls
+
+
+@functools.cache
+def _is_plain(func: Any) -> bool:
+    """Whether an operator gives tensors, the same ones each time, and changes nothing."""
+    if not isinstance(func, OpOverload) or func.namespace != "aten" or func._schema.is_mutable:
+        return False
+    if not _ODD_TAGS.isdisjoint(func.tags) or func.overloadpacket.__name__ in _ODD:
+        return False
+    return all(str(result.type) in ("Tensor", "List[Tensor]") for result in func._schema.returns)
+
+
+@functools.cache
+def _functional(func: Any) -> Any:
+    """What functionalization makes of an operator that it hands on; None for views and others."""
+    if not isinstance(func, OpOverload):
+        return None
+    aliased = [a for a in func._schema.arguments if a.alias_info is not None]
+    if not aliased:
+        return func if _is_plain(func) else None
+    name, overload = func.overloadpacket.__name__, func._overloadname
+    if aliased != func._schema.arguments[:1] or not aliased[0].is_write or name[-1] != "_":
+        return None
+    target = getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
+    return target if target is not None and _is_plain(target) else None

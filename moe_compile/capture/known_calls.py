@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.capture.renaming import RenamedForm, Renaming
-from moe_compile.capture.tensor_form import Form, Formless, Forms, key_of
+from moe_compile.capture.tensor_form import Forms, key_of
 from moe_compile.capture.view_forms import views
 
 
@@ -50,7 +50,7 @@ class KnownCalls:
             self.results[key] = RenamedForm(form, renaming)
 
     def _key(self, func: Any, args: Any, kwargs: Any, renaming: Renaming) -> Hashable:
-        own = key_of(self.forms, args, func.is_view), key_of(self.forms, kwargs, func.is_view)
+        own = key_of(self.forms, (args, kwargs), func.is_view)
         return func, torch.get_default_dtype(), _autocast(args), renaming.key(own)
 
 

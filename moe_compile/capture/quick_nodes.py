@@ -3,8 +3,8 @@
 Torch takes milliseconds for each operator of a trace, whatever it is: functionalization and the
 tracer both look through its arguments and take notes that nobody reads, and its result's sizes are
 computed anew. A loop over experts has thousands of operators that were traced for another expert
-before. What torch did once, it is not asked to do again: where a result's form is known, the node is
-made at once.
+before. What torch did once it is not asked to do again: where a result's form is known, the node
+is made at once.
 """
 
 import contextlib
@@ -21,9 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.utils import _pytree as pytree
 
-from moe_compile.capture.known_calls import KnownCalls
 from moe_compile.capture.remembering_mode import RememberingMode
 from moe_compile.capture.tensor_form import DESCRIBES, PLAIN, Form, Formless
 
@@ -59,10 +57,17 @@ def quick_nodes() -> Generator[None]:
             way = quick(proxy_tensor.get_proxy_mode())
             if func in way.direct:
                 return way.functional(mode, func, args, kwargs or {})
-            done = functools.partial(way.watched, done, func, args, kwargs or {})
+            target = _functional(func)
+            if target is not None:
+                given = way.arguments(_unwrapped(args), _unwrapped(kwargs or {}))
+                result = done()
+                way.direct[func] = target if way.is_made(result, target, given) else None
+                return result
         return done()
 
-    def dispatch_traced(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch_traced(
+        mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         done = functools.partial(traced, mode, func, types, args, kwargs)
         with contextlib.suppress(_Unknown, Formless):
             way = quick(mode)
@@ -97,8 +102,8 @@ class _Quick:
         target = self.direct[func]
         if target is None:
             raise _Unknown
-        inner, options = pytree.tree_map_only(Tensor, _inner, (args, kwargs))
-        calls = _calls(inner)
+        inner, options = _unwrapped(args), _unwrapped(kwargs)
+        calls = _mode(inner).calls
         with proxy_tensor.disable_proxy_modes_tracing():
             form = calls.result(target, inner, options)
         if not isinstance(form, Form):
@@ -114,33 +119,26 @@ class _Quick:
         torch._functionalize_sync(whole)
         return args[0]
 
-    def watched(self, run: Callable[[], Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """What code gets of an operator, noting what functionalization makes of it."""
-        target = _functional(func)
-        if target is None:
-            return run()
-        given = self._arguments(*pytree.tree_map_only(Tensor, _inner, (args, kwargs)))
-        result = run()
-        self.direct[func] = None
-        if isinstance(result, FunctionalTensor):
-            node = self._argument(_inner(result))
-            if node.target is target and (node.args, node.kwargs) == given:
-                self.direct[func] = target
-        return result
+    def is_made(self, result: Any, target: Any, given: Any) -> bool:
+        """Whether a result is that of an operator with these arguments."""
+        known = isinstance(result, FunctionalTensor) and self._known(_inner(result))
+        node = known.proxy.node if known else None
+        return bool(node and node.target is target and (node.args, node.kwargs) == given)
 
     def traced(self, run: Callable[[], Any], func: Any, args: Any, kwargs: Any) -> Any:
         """A fake result of an operator, with a node for it."""
-        calls = _calls(args)
+        calls = _mode(args).calls
         form = calls.result(func, args, kwargs)
         if form is not None:
             return self._node(func, args, kwargs, form)
         result = run()
-        calls.learn(func, args, kwargs, result)
+        with contextlib.suppress(Formless):  # of another mode, or of numbers that are known
+            calls.learn(func, args, kwargs, result)
         return result
 
     def _node(self, func: Any, args: Any, kwargs: Any, form: Any) -> Any:
         name = self.tracer.graph._target_to_str(func.overloadpacket.__name__)
-        node = self._create(func, *self._arguments(args, kwargs), name)
+        node = self._create(func, *self.arguments(args, kwargs), name)
         if isinstance(form, Form):
             return self._track(_mode(args), node, form)
         mode = _mode(args)
@@ -164,13 +162,17 @@ class _Quick:
             self.tracked.add(form)
         return tensor
 
-    def _arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What stands for an operator's arguments in the graph."""
         return self._argument(tuple(args)), {n: self._argument(v) for n, v in kwargs.items()}
+
+    def _known(self, tensor: Tensor) -> Any:
+        return self.tracer.tensor_tracker.get(tensor)
 
     def _argument(self, value: Any) -> Any:
         """What stands for a value in the graph."""
         if isinstance(value, Tensor):
-            known = self.tracer.tensor_tracker.get(value)
+            known = self._known(value)
             if known is None or known.constant is not None:
                 raise _Unknown
             return known.proxy.node
@@ -183,6 +185,17 @@ class _Quick:
         raise _Unknown
 
 
+def _unwrapped(arguments: Any) -> Any:
+    """Arguments with what functionalization wraps in them."""
+    if isinstance(arguments, Tensor):
+        return _inner(arguments)
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(map(_unwrapped, arguments))
+    if isinstance(arguments, dict):
+        return {name: _unwrapped(argument) for name, argument in arguments.items()}
+    return arguments
+
+
 def _inner(tensor: Tensor) -> Tensor:
     """What functionalization wraps, with all that was written to it."""
     if not isinstance(tensor, FunctionalTensor):
@@ -192,14 +205,12 @@ def _inner(tensor: Tensor) -> Tensor:
 
 
 def _mode(args: Any) -> RememberingMode:
-    first = next((leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, FakeTensor)), None)
-    if first is None or not isinstance(first.fake_mode, RememberingMode):
-        raise _Unknown
-    return first.fake_mode
-
-
-def _calls(args: Any) -> KnownCalls:
-    return _mode(args).calls
+    """That of the first tensor."""
+    for argument in args:
+        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+        if isinstance(first, FakeTensor) and isinstance(first.fake_mode, RememberingMode):
+            return first.fake_mode
+    raise _Unknown
 
 
 @functools.cache

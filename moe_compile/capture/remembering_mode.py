@@ -42,7 +42,10 @@ class RememberingMode(FakeTensorMode):
             self._forget(args, kwargs)
             return result
         try:
-            inputs = key_of(self.forms, args, func.is_view), key_of(self.forms, kwargs, func.is_view)
+            inputs = (
+                key_of(self.forms, args, func.is_view),
+                key_of(self.forms, kwargs, func.is_view),
+            )
             key = func, torch.get_default_dtype(), *inputs
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)

@@ -23,7 +23,10 @@ class InFloat64(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        return func(*args, **in_float64(kwargs))
+
+
+def in_float64(options: dict[str, Any] | None) -> dict[str, Any]:
+    """An operator's keyword arguments, with float64 in the place of a narrower float."""
+    options = options or {}
+    return options | {"dtype": torch.float64} if options.get("dtype") in _NARROW else options

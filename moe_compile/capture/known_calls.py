@@ -33,7 +33,7 @@ class KnownCalls:
         """
         viewed = views(self.forms, func, args, kwargs)
         if viewed is not None:
-            return None if isinstance(viewed, list) and None in viewed else viewed
+            return viewed
         renaming = Renaming()
         known = self.results.get(self._key(func, args, kwargs, renaming))
         return None if known is None else known.under(renaming, self.forms)

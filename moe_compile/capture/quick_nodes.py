@@ -142,11 +142,11 @@ class _Quick:
         if isinstance(form, Form):
             return self._track(_mode(args), node, form)
         mode = _mode(args)
-        node.meta["val"] = [mode.forms.new(part) for part in form]
-        return [
+        node.meta["val"] = [
             self._track(mode, self._create(operator.getitem, (node, i), {}), part)
             for i, part in enumerate(form)
         ]
+        return list(node.meta["val"])
 
     def _create(self, target: Any, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
         return self.tracer.graph.create_node("call_function", target, args, kwargs, name)
@@ -154,7 +154,7 @@ class _Quick:
     def _track(self, mode: RememberingMode, node: fx.Node, form: Form) -> Tensor:
         """A tensor of a form, as the value of a node."""
         tensor, proxy = mode.forms.new(form), fx.Proxy(node, self.tracer)
-        node.meta["val"] = mode.forms.new(form)
+        node.meta["val"] = tensor
         if form in self.tracked:
             self.tracer.tensor_tracker[tensor] = proxy_tensor._ProxyTensor(proxy, None)
         else:

@@ -35,12 +35,14 @@ class Form:
         prototype: a tensor of the meta device; its storage is that of every tensor.
         symbols: those of its sizes that depend on data.
         is_contiguous: whether it surely is; where it begins does not matter.
+        kind: what `Renaming` finds that others share but for the names of such sizes.
     """
 
     prototype: Tensor
     device: torch.device
     symbols: frozenset[sympy.Symbol] = field(init=False)
     is_contiguous: bool = field(init=False)
+    kind: Any = field(init=False, default=None, repr=False)
     _at_start: "Form | None" = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from moe_compile.capture.remembering_mode import RememberingMode
 from moe_compile.capture.tensor_form import DESCRIBES, PLAIN, Form, Formless
 
-_ODD = {"dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_nonzero"}
+_ODD = {"_unsafe_view", "dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_nonzero"}
 """Operators that torch traces in ways of their own."""
 
 _ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}

@@ -107,6 +107,12 @@ class StandIns:
         width = self.narrow.shape[0]
         return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
 
+    def between(self, hidden: Tensor) -> Tensor:
+        """All from the first product's two columns to the last one's."""
+        if not hidden.numel():
+            return hidden
+        return self.activation(hidden @ self.wide) @ self.narrow
+
     def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
         """The result of one step."""
         values: list[Tensor] = [env[node] for node in step.inputs]

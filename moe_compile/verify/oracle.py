@@ -22,12 +22,13 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_compile.verify import field
 from moe_compile.verify.field import Function, Number
-from moe_compile.verify.in_float64 import InFloat64, in_float64
+from moe_compile.verify.in_float64 import default_float64, in_float64
 
 aten = torch.ops.aten
 
@@ -64,7 +65,7 @@ def _evaluate(function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     arguments = [x.detach().clone().requires_grad_(_is_data(x)) for x in wide]
     leaves = [x for x in arguments if x.requires_grad]
-    with _Spelled(), Dual() as dual:
+    with _Spelled(), default_float64(), Dual() as dual:
         dual.randomize(leaves, generator)
         outputs: list[Tensor] = tree_leaves(function(*arguments))
         floats = [y for y in outputs if _is_data(y)]
@@ -97,7 +98,7 @@ def _has_data(values: object) -> bool:
     return any(map(_is_data, tree_leaves(values)))
 
 
-class Dual(InFloat64):
+class Dual(TorchDispatchMode):
     """Runs each operator on the reals and keeps the field values of every float tensor."""
 
     def __init__(self) -> None:

@@ -21,14 +21,31 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from moe_compile.capture.remembering_mode import RememberingMode
 from moe_compile.capture.tensor_form import DESCRIBES, PLAIN, Form, Formless
+from moe_compile.capture.view_forms import VIEWS
 
 _ODD = {"_unsafe_view", "dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_nonzero"}
 """Operators that torch traces in ways of their own."""
 
 _ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
+
+
+_NAMES = (
+    (proxy_tensor, "_ProxyTensor disable_proxy_modes_tracing get_proxy_mode get_proxy_slot"),
+    (proxy_tensor, "track_tensor"),
+    (torch, "_disable_functionalization _from_functional_tensor _to_functional_tensor"),
+    (torch, "_functionalize_commit_update _functionalize_enable_reapply_views"),
+    (torch, "_functionalize_replace _functionalize_sync"),
+    (torch._C, "_ForceDispatchKeyGuard _dispatch_tls_local_exclude_set"),
+    (torch._C, "_dispatch_tls_local_include_set"),
+    (FunctionalTensor, "_extra_dispatch_keys"),
+)
+"""Torch's own names, which another release may lack: there it only takes longer."""
+
+_FUNCTIONALIZE = torch._C.DispatchKey.Functionalize
 
 
 class _Unknown(Exception):
@@ -38,6 +55,9 @@ class _Unknown(Exception):
 @contextlib.contextmanager
 def quick_nodes() -> Generator[None]:
     """In it, operators are traced the short way where there is one."""
+    if not all(hasattr(owner, name) for owner, names in _NAMES for name in names.split()):
+        yield
+        return
     functional: Any = FunctionalTensorMode.__torch_dispatch__
     traced: Any = ProxyTorchDispatchMode.__torch_dispatch__
     tracers: dict[Any, _Quick] = {}
@@ -55,6 +75,8 @@ def quick_nodes() -> Generator[None]:
         done = functools.partial(functional, mode, func, types, args, kwargs)
         with contextlib.suppress(_Unknown, Formless):
             way = quick(proxy_tensor.get_proxy_mode())
+            if func in VIEWS and not kwargs:
+                return _viewed(mode, func, args)
             if func in way.direct:
                 return way.functional(mode, func, args, kwargs or {})
             target = _functional(func)
@@ -71,7 +93,7 @@ def quick_nodes() -> Generator[None]:
         done = functools.partial(traced, mode, func, types, args, kwargs)
         with contextlib.suppress(_Unknown, Formless):
             way = quick(mode)
-            if _is_plain(func) and func not in mode.decomposition_table:
+            if _is_plain(func):
                 return way.traced(done, func, args, kwargs or {})
         return done()
 
@@ -202,6 +224,27 @@ def _inner(tensor: Tensor) -> Tensor:
         raise _Unknown
     torch._functionalize_sync(tensor.elem)
     return torch._from_functional_tensor(tensor.elem)
+
+
+def _viewed(mode: Any, func: Any, args: Any) -> Any:
+    """What code gets of a view: functionalization keeps track of what is written to it."""
+    if not isinstance(args[0], FunctionalTensor):
+        raise _Unknown
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(_FUNCTIONALIZE)
+    keys = torch._C.DispatchKeySet(_FUNCTIONALIZE), FunctionalTensor._extra_dispatch_keys
+    with torch._C._ForceDispatchKeyGuard(included | keys[0], excluded - keys[1]):
+        before = torch._functionalize_enable_reapply_views(True)
+        try:
+            result = func._op_dk(_FUNCTIONALIZE, args[0].elem, *args[1:])
+        finally:
+            torch._disable_functionalization()
+            torch._functionalize_enable_reapply_views(before)
+    if isinstance(result, Tensor):
+        wrapped: Any = FunctionalTensor(result, mode)
+    else:
+        wrapped = [FunctionalTensor(part, mode) for part in result]
+    return return_and_correct_aliasing(func, args, {}, wrapped)
 
 
 def _mode(args: Any) -> RememberingMode:

@@ -144,3 +144,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.t.default: _t,
     aten.permute.default: _permute,
 }
+
+VIEWS = frozenset(_RULES)
+"""The views that there are rules for; none is made of other operators."""

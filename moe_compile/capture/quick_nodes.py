@@ -33,6 +33,8 @@ _ODD = {"_unsafe_view", "dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_
 _ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 
 
+_torch: Any = torch
+
 _NAMES = (
     (proxy_tensor, "_ProxyTensor disable_proxy_modes_tracing get_proxy_mode get_proxy_slot"),
     (proxy_tensor, "track_tensor"),
@@ -132,13 +134,13 @@ class _Quick:
             raise _Unknown
         if target is func:
             result = self._node(target, inner, options, form)
-            return FunctionalTensor(torch._to_functional_tensor(result), mode)
+            return FunctionalTensor(_torch._to_functional_tensor(result), mode)
         if calls.forms.of(inner[0]) is not form:
             raise _Unknown
         whole = args[0].elem
-        torch._functionalize_replace(whole, self._node(target, inner, options, form))
-        torch._functionalize_commit_update(whole)
-        torch._functionalize_sync(whole)
+        _torch._functionalize_replace(whole, self._node(target, inner, options, form))
+        _torch._functionalize_commit_update(whole)
+        _torch._functionalize_sync(whole)
         return args[0]
 
     def is_made(self, result: Any, target: Any, given: Any) -> bool:
@@ -222,8 +224,8 @@ def _inner(tensor: Tensor) -> Tensor:
     """What functionalization wraps, with all that was written to it."""
     if not isinstance(tensor, FunctionalTensor):
         raise _Unknown
-    torch._functionalize_sync(tensor.elem)
-    return torch._from_functional_tensor(tensor.elem)
+    _torch._functionalize_sync(tensor.elem)
+    return _torch._from_functional_tensor(tensor.elem)
 
 
 def _viewed(mode: Any, func: Any, args: Any) -> Any:
@@ -234,12 +236,12 @@ def _viewed(mode: Any, func: Any, args: Any) -> Any:
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(_FUNCTIONALIZE)
     keys = torch._C.DispatchKeySet(_FUNCTIONALIZE), FunctionalTensor._extra_dispatch_keys
     with torch._C._ForceDispatchKeyGuard(included | keys[0], excluded - keys[1]):
-        before = torch._functionalize_enable_reapply_views(True)
+        before = _torch._functionalize_enable_reapply_views(True)
         try:
             result = func._op_dk(_FUNCTIONALIZE, args[0].elem, *args[1:])
         finally:
-            torch._disable_functionalization()
-            torch._functionalize_enable_reapply_views(before)
+            _torch._disable_functionalization()
+            _torch._functionalize_enable_reapply_views(before)
     if isinstance(result, Tensor):
         wrapped: Any = FunctionalTensor(result, mode)
     else:

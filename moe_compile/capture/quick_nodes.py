@@ -32,7 +32,6 @@ _ODD = {"_unsafe_view", "dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_
 
 _ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 
-
 _torch: Any = torch
 
 _NAMES = (

@@ -30,13 +30,15 @@ from moe_compile.capture.view_forms import VIEWS
 _ODD = {"_unsafe_view", "dropout", "lift", "lift_fresh", "lift_fresh_copy", "is_nonzero"}
 """Operators that torch traces in ways of their own."""
 
+_COUNTED = {torch.ops.aten.nonzero.default, torch.ops.aten.where.default}
+
 _ODD_TAGS = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 
 _torch: Any = torch
 
 _NAMES = (
     (proxy_tensor, "_ProxyTensor disable_proxy_modes_tracing get_proxy_mode get_proxy_slot"),
-    (proxy_tensor, "track_tensor"),
+    (proxy_tensor, "_set_unbacked_bindings track_tensor"),
     (torch, "_disable_functionalization _from_functional_tensor _to_functional_tensor"),
     (torch, "_functionalize_commit_update _functionalize_enable_reapply_views"),
     (torch, "_functionalize_replace _functionalize_sync"),
@@ -154,36 +156,47 @@ class _Quick:
         form = calls.result(func, args, kwargs)
         if form is not None:
             return self._node(func, args, kwargs, form)
+        if func in _COUNTED:
+            return self._counted(func, args, kwargs)
         result = run()
         with contextlib.suppress(Formless):  # of another mode, or of numbers that are known
             calls.learn(func, args, kwargs, result)
         return result
 
+    def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator gives whose result has, each time, a size that only data tell."""
+        node = self._call(func, args, kwargs)
+        result = func(*args, **kwargs)
+        proxy_tensor._set_unbacked_bindings(result, fx.Proxy(node, self.tracer))
+        return self._track(_mode(args), node, result)
+
     def _node(self, func: Any, args: Any, kwargs: Any, form: Any) -> Any:
-        name = self.tracer.graph._target_to_str(func.overloadpacket.__name__)
-        node = self._create(func, *self.arguments(args, kwargs), name)
-        if isinstance(form, Form):
-            return self._track(_mode(args), node, form)
         mode = _mode(args)
-        node.meta["val"] = [
-            self._track(mode, self._create(operator.getitem, (node, i), {}), part)
-            for i, part in enumerate(form)
-        ]
-        return list(node.meta["val"])
+        new = mode.forms.new
+        result = new(form) if isinstance(form, Form) else [new(part) for part in form]
+        return self._track(mode, self._call(func, args, kwargs), result)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        name = self.tracer.graph._target_to_str(func.overloadpacket.__name__)
+        return self._create(func, *self.arguments(args, kwargs), name)
 
     def _create(self, target: Any, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
         return self.tracer.graph.create_node("call_function", target, args, kwargs, name)
 
-    def _track(self, mode: RememberingMode, node: fx.Node, form: Form) -> Tensor:
-        """A tensor of a form, as the value of a node."""
-        tensor, proxy = mode.forms.new(form), fx.Proxy(node, self.tracer)
-        node.meta["val"] = tensor
+    def _track(self, mode: RememberingMode, node: fx.Node, result: Any) -> Any:
+        """A tensor, or several, as the value of a node."""
+        node.meta["val"] = result
+        if not isinstance(result, Tensor):
+            for i, part in enumerate(result):
+                self._track(mode, self._create(operator.getitem, (node, i), {}), part)
+            return result
+        form, proxy = mode.forms.of(result), fx.Proxy(node, self.tracer)
         if form in self.tracked:
-            self.tracer.tensor_tracker[tensor] = proxy_tensor._ProxyTensor(proxy, None)
+            self.tracer.tensor_tracker[result] = proxy_tensor._ProxyTensor(proxy, None)
         else:
-            proxy_tensor.track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
+            proxy_tensor.track_tensor(result, proxy, constant=None, tracer=self.tracer)
             self.tracked.add(form)
-        return tensor
+        return result
 
     def arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What stands for an operator's arguments in the graph."""

@@ -77,7 +77,6 @@ def test_what_was_traced_before_does_not_go_through_torchs_tracer(
     _traced(_loop)
 
     aten = torch.ops.aten
-    assert asked.count(aten.where.default) == 4  # each has another number of rows
     for once in (aten.linear.default, aten.silu.default, aten.index_add.default):
         assert asked.count(once) == 1
 

@@ -16,11 +16,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moe_compile.capture.form_rules import form_of_result
+from moe_compile.capture.known_calls import KnownCalls
 from moe_compile.capture.renaming import RenamedForm, Renaming
-from moe_compile.capture.tensor_form import Form, Formless, Forms, expression, forget
-
-_PLAIN = (bool, int, float, complex, str, type(None))
-_DESCRIBES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+from moe_compile.capture.tensor_form import Form, Formless, Forms, expression, forget, key_of
 
 
 class RememberingMode(FakeTensorMode):
@@ -32,6 +30,7 @@ class RememberingMode(FakeTensorMode):
         self.forms = Forms(self)
         self.results: dict[Hashable, Any] = {}
         self.renamed: dict[Hashable, RenamedForm] = {}
+        self.calls = KnownCalls(self.forms)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch gives, or tensors of the same forms."""
@@ -43,7 +42,10 @@ class RememberingMode(FakeTensorMode):
             self._forget(args, kwargs)
             return result
         try:
-            inputs = self._key(args, func.is_view), self._key(kwargs, func.is_view)
+            inputs = (
+                key_of(self.forms, args, func.is_view),
+                key_of(self.forms, kwargs, func.is_view),
+            )
             key = func, torch.get_default_dtype(), *inputs
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -62,27 +64,6 @@ class RememberingMode(FakeTensorMode):
         if known is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
         return pytree.tree_map_only(Form, self.forms.new, known)
-
-    def _key(self, argument: Any, is_viewed: bool) -> Hashable:
-        """What another argument must share to be as good.
-
-        Where a tensor begins in its storage only its views tell.
-
-        Raises:
-            Formless: nothing says when another would be.
-        """
-        if isinstance(argument, Tensor):
-            form = self.forms.of(argument)
-            return form if is_viewed else self.forms.at_start(form)
-        if isinstance(argument, (_PLAIN, _DESCRIBES)):
-            return type(argument), argument
-        if isinstance(argument, torch.SymInt):
-            return expression(argument)
-        if isinstance(argument, (list, tuple)):
-            return type(argument), *(self._key(part, is_viewed) for part in argument)
-        if isinstance(argument, dict):
-            return *argument, *(self._key(part, is_viewed) for part in argument.values())
-        raise Formless
 
     def _deduced(
         self, func: Any, args: Any, kwargs: Any, general: Hashable, renaming: Renaming

@@ -21,33 +21,49 @@ class Renaming:
 
     Attributes:
         names: from a size to its new name.
-        sizes: the symbolic sizes of what was renamed, by what they are made of.
+        forms: those that were renamed.
     """
 
     def __init__(self) -> None:
         self.names: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.sizes: dict[Any, torch.SymInt] = {}
+        self.forms: list[Form] = []
 
     def key(self, key: Any) -> Any:
         """A key of arguments that is the same for sizes of other names."""
         if isinstance(key, Form):
-            if not key.symbols:
-                return key
-            return *map(self.size, (*key.sizes, *key.strides, key.offset)), key.dtype, key.device
+            return self._form(key) if key.symbols else key
         if isinstance(key, tuple):
             return tuple(map(self.key, key))
         return self._renamed(key) if isinstance(key, sympy.Basic) else key
 
+    def _form(self, form: Form) -> Any:
+        """A form as one of its kind, and under which names."""
+        self.forms.append(form)
+        if form.kind is None:
+            own = Renaming()
+            place = (own.size(size) for size in (*form.sizes, *form.strides, form.offset))
+            form.kind = (*place, form.dtype, form.device), tuple(own.names)
+        kind, symbols = form.kind
+        return kind, *map(self._name, symbols)
+
     def size(self, size: Any) -> Any:
         """A size under its new names."""
-        if isinstance(size, torch.SymInt):
-            self.sizes[expression(size)] = size
         return self._renamed(expression(size))
+
+    @property
+    def sizes(self) -> dict[Any, torch.SymInt]:
+        """The symbolic sizes of what was renamed, by what they are made of."""
+        every = (size for form in self.forms for size in (*form.sizes, *form.strides))
+        return {expression(size): size for size in every if isinstance(size, torch.SymInt)}
+
+    def _name(self, symbol: sympy.Symbol) -> sympy.Symbol:
+        if symbol not in self.names:
+            self.names[symbol] = _name(len(self.names), symbol)
+        return self.names[symbol]
 
     def _renamed(self, known: Any) -> Any:
         for symbol in _from_data(known):
-            if symbol not in self.names:
-                self.names[symbol] = _name(len(self.names), symbol)
+            self._name(symbol)
         return known.xreplace(self.names) if _from_data(known) else known
 
 
@@ -58,12 +74,19 @@ class RenamedForm:
         self.sizes = [_general(size, renaming) for size in form.sizes]
         self.strides = [_general(stride, renaming) for stride in form.strides]
         self.dtype, self.device = form.dtype, form.device
+        self.found: dict[tuple[sympy.Symbol, ...], Form | None] = {}
 
     def under(self, renaming: Renaming, forms: Forms) -> Form | None:
         """The form under the names of other arguments; None where a size is no sum or product."""
-        old = {new: old for old, new in renaming.names.items()}
+        symbols = tuple(renaming.names)
+        if symbols not in self.found:
+            self.found[symbols] = self._under(renaming, forms)
+        return self.found[symbols]
+
+    def _under(self, renaming: Renaming, forms: Forms) -> Form | None:
+        old, known = {new: old for old, new in renaming.names.items()}, renaming.sizes
         sizes, strides = (
-            [_size(_xreplaced(size, old), renaming.sizes) for size in part]
+            [_size(_xreplaced(size, old), known) for size in part]
             for part in (self.sizes, self.strides)
         )
         if None in (*sizes, *strides):

@@ -14,6 +14,8 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from moe_compile.capture.renaming import Renaming
+
 _ARITHMETIC = ("add", "sub", "mul", "mod", "int_floordiv", "sym_max", "sym_min")
 _COMPARISONS = ("eq", "ne", "gt", "ge", "lt", "le", "sym_and", "sym_or")
 _OPERATIONS = [name for name in (*_ARITHMETIC, *_COMPARISONS) if hasattr(SymNode, name)]
@@ -34,10 +36,22 @@ class RememberingShapeEnv(ShapeEnv):
         """The answer to a question on sizes: the one that it had before."""
         if orig_expr in (sympy.true, sympy.false):
             return orig_expr
-        key = (orig_expr, args, *kwargs.items())
+        key = (*self._known_as(orig_expr), args, *kwargs.items())
         if key not in self.answers:
             self.answers[key] = super().evaluate_expr(orig_expr, hint, fx_node, *args, **kwargs)
         return self.answers[key]
+
+    def _known_as(self, expr: Any) -> tuple[Any, ...]:
+        """What another expression must share to be answered alike.
+
+        Data-dependent sizes are alike of which only the same range is known.
+        """
+        renaming = Renaming()
+        renamed = renaming.key(expr)
+        symbols = renaming.names
+        if any(s in self.replacements or self.deferred_runtime_asserts.get(s) for s in symbols):
+            return (expr,)
+        return renamed, *((self.var_to_range.get(s), s in self.size_like) for s in symbols)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 Size = int | torch.SymInt
 
+PLAIN = (bool, int, float, complex, str, type(None))
+DESCRIBES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 _FORM = "_moe_compile_form"
 
 
@@ -32,12 +35,14 @@ class Form:
         prototype: a tensor of the meta device; its storage is that of every tensor.
         symbols: those of its sizes that depend on data.
         is_contiguous: whether it surely is; where it begins does not matter.
+        kind: what `Renaming` finds that others share but for the names of such sizes.
     """
 
     prototype: Tensor
     device: torch.device
     symbols: frozenset[sympy.Symbol] = field(init=False)
     is_contiguous: bool = field(init=False)
+    kind: Any = field(init=False, default=None, repr=False)
     _at_start: "Form | None" = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +121,8 @@ class Forms:
         """The form of tensors with these sizes and strides."""
         key = _key(sizes, strides, offset, dtype, device)
         if key not in self.known:
-            prototype = _storage(dtype).as_strided(sizes, strides, offset)
+            with torch._C._DisableTorchDispatch():
+                prototype = _storage(dtype).as_strided(sizes, strides, offset)
             self.known[key] = Form(prototype, device)
         return self.known[key]
 
@@ -131,6 +137,28 @@ class Forms:
 def _storage(dtype: torch.dtype) -> Tensor:
     """Of which every prototype is a view: how long its own would be takes milliseconds to say."""
     return torch.empty(1 << 50, dtype=dtype, device="meta")
+
+
+def key_of(forms: Forms, argument: Any, is_viewed: bool) -> Hashable:
+    """What another argument must share to be as good.
+
+    Where a tensor begins in its storage only its views tell.
+
+    Raises:
+        Formless: nothing says when another would be.
+    """
+    if isinstance(argument, Tensor):
+        form = forms.of(argument)
+        return form if is_viewed else forms.at_start(form)
+    if isinstance(argument, (*PLAIN, *DESCRIBES)):
+        return type(argument), argument
+    if isinstance(argument, torch.SymInt):
+        return expression(argument)
+    if isinstance(argument, (list, tuple)):
+        return type(argument), *(key_of(forms, part, is_viewed) for part in argument)
+    if isinstance(argument, dict):
+        return *argument, *(key_of(forms, part, is_viewed) for part in argument.values())
+    raise Formless
 
 
 def forget(tensor: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx import _lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ from moe_compile.adapters import transformers as hf
 from moe_compile.capture.boundary import Attribute, CallLog, ModuleCall, enter, exit
 from moe_compile.capture.every_expert import RandomExperts, traceable
 from moe_compile.capture.probe import Call
+from moe_compile.capture.quick_nodes import quick_nodes
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.unchanged import Unchanged
@@ -41,6 +43,10 @@ _SIZES = {
     torch.ops.aten.sym_numel.default,
     torch.ops.aten.sym_storage_offset.default,
 }
+
+
+_lazily: Any = getattr(_lazy_graph_module, "_use_lazy_graph_module", contextlib.nullcontext)
+"""In it, no Python is written for a traced graph, which nobody runs."""
 
 
 class HoldsTensors(Exception):
@@ -191,7 +197,7 @@ def trace_function(function: Callable[..., Any], inputs: list[Any]) -> fx.Graph:
 def _functional(run: Callable[..., Any], state: list[Tensor], inputs: list[Any]) -> fx.GraphModule:
     """Traces with in-place operations made functional, composite operators kept whole."""
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with untraced_wrapping():
+    with quick_nodes(), untraced_wrapping(), _lazily(True):
         module = _make_fx(functional)(state, inputs)
     for node in list(module.graph.nodes):
         if node.target in _ASSERTS:

@@ -44,7 +44,10 @@ def views(forms: Forms, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
         return None
     form = forms.of(args[0])
     found = rule(_Layout(form.sizes, form.strides, form.offset), *args[1:])
-    return pytree.tree_map_only(_Layout, lambda layout: _formed(forms, form, layout), found)
+    if isinstance(found, list):
+        layouts: list[_Layout | None] = found
+        return None if None in layouts else [_formed(forms, form, part) for part in found]
+    return None if found is None else _formed(forms, form, found)
 
 
 def _formed(forms: Forms, source: Form, layout: _Layout) -> Form:
@@ -141,3 +144,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.t.default: _t,
     aten.permute.default: _permute,
 }
+
+VIEWS = frozenset(_RULES)
+"""The views that there are rules for; none is made of other operators."""

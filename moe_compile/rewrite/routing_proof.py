@@ -223,7 +223,7 @@ def _after(cut: Cut, form: Form) -> Callable[..., Tensor]:
             _value_of(form.weights, env, _sizes(cut, len(x))),
             own.up,
             own.down,
-            lambda hidden: own.activation(hidden @ own.wide) @ own.narrow,
+            own.between,
             own.up_bias,
             own.down_bias,
             norm=None if own.norm is None else operator.mul,

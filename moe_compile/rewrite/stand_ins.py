@@ -40,16 +40,16 @@ class StandIns:
 
     @staticmethod
     def draw(bodies: Bodies, hidden: int, generator: torch.Generator) -> list[Tensor]:
-        """Random tensors for `of`."""
+        """Random tensors for `of`, without elements where it takes none."""
         experts, out = bodies.count, value(bodies.results[0]).shape[-1]
         sizes = (
             (experts, hidden, _RANK),
-            (experts, _RANK),
+            (experts * _has_up_bias(bodies), _RANK),
             (_RANK, _up_width(bodies)),
             (_hidden_width(bodies), _RANK),
             (experts, _RANK, out),
-            (experts, out),
-            (experts, out),
+            (experts * _has_offset(bodies), out),
+            (experts * _has_norm(bodies), out),
         )
         return [positive(size, generator) for size in sizes]
 
@@ -57,15 +57,14 @@ class StandIns:
     def of(cls, bodies: Bodies, tensors: tuple[Tensor, ...]) -> "StandIns":
         """The functions of these tensors, in the order of the fields."""
         up, up_bias, wide, narrow, down, down_bias, norm = tensors
-        is_apart = any(step.kind == "up" and step.bias_ids is not None for step in bodies.steps)
         return cls(
             up,
-            up_bias if is_apart else None,
+            up_bias if _has_up_bias(bodies) else None,
             wide,
             narrow,
             down,
             down_bias if _has_offset(bodies) else None,
-            norm if any(step.normed for step in bodies.steps) else None,
+            norm if _has_norm(bodies) else None,
         )
 
     @functools.cached_property
@@ -108,9 +107,17 @@ class StandIns:
         width = self.narrow.shape[0]
         return hidden[..., :width] + hidden[..., :width] * hidden[..., -width:]
 
+    def between(self, hidden: Tensor) -> Tensor:
+        """All from the first product's two columns to the last one's."""
+        if not hidden.numel():
+            return hidden
+        return self.activation(hidden @ self.wide) @ self.narrow
+
     def run(self, step: Step, env: dict[Any, Any]) -> Tensor:
         """The result of one step."""
         values: list[Tensor] = [env[node] for node in step.inputs]
+        if step.expert is not None and not values[0].numel():
+            return values[0].new_zeros(*values[0].shape[:-1], value(step.result).shape[-1])
         if step.kind == "act":
             return self.activation(torch.cat(values, -1))
         return self._biased(step, self._multiplied(step, values[0], env), env)
@@ -147,6 +154,16 @@ def _up_width(bodies: Bodies) -> int:
 def _hidden_width(bodies: Bodies) -> int:
     """What the activation gives a row."""
     return next(value(step.result).shape[-1] for step in bodies.steps if step.kind == "act")
+
+
+def _has_up_bias(bodies: Bodies) -> bool:
+    """Whether the bias of first products is said apart."""
+    return any(step.kind == "up" and step.bias_ids is not None for step in bodies.steps)
+
+
+def _has_norm(bodies: Bodies) -> bool:
+    """Whether each expert has a norm of its own."""
+    return any(step.normed for step in bodies.steps)
 
 
 def _has_offset(bodies: Bodies) -> bool:

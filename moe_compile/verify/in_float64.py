@@ -1,5 +1,7 @@
 """Runs narrower code in float64."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,18 +14,32 @@ class InFloat64(TorchDispatchMode):
     """Turns casts to narrower floats into casts to float64, also those of new tensors."""
 
     def __enter__(self) -> Any:
-        self.default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
+        self.default = default_float64()
+        self.default.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self.default)
+        self.default.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        return func(*args, **in_float64(kwargs))
+
+
+@contextmanager
+def default_float64() -> Generator[None]:
+    """In it, new floats are float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def in_float64(options: dict[str, Any] | None) -> dict[str, Any]:
+    """An operator's keyword arguments, with float64 in the place of a narrower float."""
+    options = options or {}
+    return options | {"dtype": torch.float64} if options.get("dtype") in _NARROW else options

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_compile.verify import field
 from moe_compile.verify.field import Function, Number
-from moe_compile.verify.in_float64 import InFloat64
+from moe_compile.verify.in_float64 import default_float64, in_float64
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def _evaluate(function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     arguments = [x.detach().clone().requires_grad_(_is_data(x)) for x in wide]
     leaves = [x for x in arguments if x.requires_grad]
-    with _Spelled(), Dual() as dual, InFloat64():  # on top: what Dual itself runs needs no mode
+    with _Spelled(), default_float64(), Dual() as dual:
         dual.randomize(leaves, generator)
         outputs: list[Tensor] = tree_leaves(function(*arguments))
         floats = [y for y in outputs if _is_data(y)]
@@ -135,7 +135,7 @@ class Dual(TorchDispatchMode):
     ) -> Any:
         """Run one operator in both planes."""
         with torch._C.DisableTorchFunction():  # modes above are for the judged code alone
-            return self._run_both(func, args, kwargs or {})
+            return self._run_both(func, args, in_float64(kwargs))
 
     def _run_both(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         meaning = _meaning(func)
@@ -152,13 +152,15 @@ class Dual(TorchDispatchMode):
 
     def _run(self, func: Any, real: Any, reals: list[Tensor], args: Any, kwargs: Any) -> None:
         """Compute the field values of `reals`, the floats in the result `real`."""
+        if not any(x.numel() for x in reals):
+            return
         fields, options = map(self._operand, args), {k: self._operand(v) for k, v in kwargs.items()}
         if func.is_view and reals[0].dtype == args[0].dtype:
             views = tree_leaves(func(*fields, **options))
             self._fields.update(zip(reals, views, strict=True))
         elif not field.knows(func):
             raise _unknown(func)
-        elif any(x.numel() for x in reals):
+        else:
             values = tree_leaves(field.run(func, real, *fields, **options))
             for x, value in zip(reals, values, strict=True):
                 self._record(x, value % field.P)

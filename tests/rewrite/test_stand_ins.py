@@ -32,3 +32,12 @@ def test_the_gradient_of_one_expert_is_no_larger_than_its_part_of_the_stack() ->
     assert largest.elements <= 64
     assert gradient[5].eq(1).all()
     assert gradient[6].eq(0).all()
+
+
+def test_no_rows_give_none() -> None:
+    sizes = (4, 8, 2), (0, 2), (2, 6), (3, 2), (4, 2, 8), (0, 8), (0, 8)
+    up, _, wide, narrow, down, *_ = (torch.randn(size) for size in sizes)
+    stand_ins = StandIns(up, None, wide, narrow, down, None, None)
+
+    assert stand_ins.between(torch.empty(0, 2)).shape == (0, 2)
+    assert stand_ins.between(torch.randn(5, 2)).shape == (5, 2)

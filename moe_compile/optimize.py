@@ -276,7 +276,8 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
         for unit in itertools.chain(*work.units)
         for line in graph_lines(unit.graph, work.device, unit.ep and unit.ep.group)
     ]
-    return [_without_addresses(repr(config)), str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
+    options = _without_addresses(repr(config))
+    return [options, str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
 
 
 def graph_lines(graph: fx.Graph, device: torch.device, group: str | None = None) -> list[str]:

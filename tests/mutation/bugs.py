@@ -258,8 +258,8 @@ BUGS = (
     Bug(
         "rows that hold anything are summed",
         ROWS,
-        "    is_real = (inverse < offs[-1])[:, None]\n",
-        "    is_real = (inverse <= offs[-1])[:, None]\n",
+        "    return own, (inverse < offs[-1])[:, None]\n",
+        "    return own, (inverse <= offs[-1])[:, None]\n",
         ("tests/kernels/test_expert_rows.py", "tests/ops/test_experts.py"),
     ),
     Bug(

@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer, pip and make; every target sets up .venv by itself, once.
 PYTHON ?= python3
 RANKS ?= 2
-BLOCKS ?= 1000
+BLOCKS ?= 2000
 # The least percentage of the fuzzer's supported blocks that is proven.
 PROVEN ?= 98
 BIN := .venv/bin

@@ -14,9 +14,6 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["tests.first_capture", "torch._decomp.decompositions_for_jvp", "tests.ranks"]
-)
 _TIMEOUT = 300
 
 
@@ -37,6 +34,7 @@ def start_ranks(
     ranks: int, function: Callable[..., Any], *args: Any
 ) -> Generator[tuple[list[Any], Any]]:
     """The processes, and where each puts its rank, whether it went well, and what it returned."""
+    _CONTEXT.set_forkserver_preload(_preloaded())
     with tempfile.TemporaryDirectory() as folder:
         queue: Any = _CONTEXT.Queue()
         processes = [
@@ -51,6 +49,12 @@ def start_ranks(
             for process in processes:
                 process.join(10)
                 process.kill()
+
+
+def _preloaded() -> list[str]:
+    """What the ranks are forked with: no capture where it would begin CUDA, as no fork has that."""
+    captured = ["tests.first_capture", "torch._decomp.decompositions_for_jvp"]
+    return ["tests.ranks"] if torch.cuda.is_available() else [*captured, "tests.ranks"]
 
 
 def _work(

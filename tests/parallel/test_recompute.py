@@ -17,6 +17,7 @@ from tests.ranks import on_ranks
 
 DISPATCH = "moe_compile::all_to_all_dispatch"
 DEAR = ("moe_compile::grouped_mm", "moe_compile::all_to_all_combine")
+COLLECT = "moe_compile::collect_rows"
 ROUTING = ("aten::topk", "moe_compile::group_picks", DISPATCH)
 
 
@@ -42,6 +43,8 @@ def every_mode(mesh: str, compile: Any) -> None:
         values, calls = of_mode(model, mesh, mode, compile)
         assert [n for n, v in values.items() if not torch.equal(v, want[n])] == []
         assert all(calls[op] == once[op] > 0 for op in ROUTING), calls
+        # Not to learn how many rows travel back; uncompiled layers run from their beginning.
+        assert not compile or calls[COLLECT] == once[COLLECT]
         again = {op for op in DEAR if calls[op] > once[op]}
         assert ("moe_compile::grouped_mm" in again) if mode == "full" else not again
 

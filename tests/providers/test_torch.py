@@ -216,6 +216,30 @@ def test_tokens_without_a_pick_may_be_anything(weigh_input: bool, bias: bool) ->
         assert bool(value.isfinite().all())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weigh_input", [False, True])
+def test_what_is_kept_has_rows_for_the_picks_that_are_here(weigh_input: bool, bias: bool) -> None:
+    """Of 14 picks, 7 are: nothing else changes, forward or backward."""
+    ids = torch.tensor([[3, 0, 0, 2, 1, 3, 3], [-1] * 7]).T
+    leaves = expert_leaves(7, bias=bias)
+    found: list[list[Tensor]] = []
+    for places, rows in ((None, 14), (torch.empty(7, 0), 7)):
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        x, weights, up, down, *biases = inputs = [t.detach().requires_grad_() for t in leaves]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = PROVIDER.implementation(experts)(
+                x, ids, weights, up, down, swiglu, *biases, weigh_input=weigh_input, places=places
+            )
+        assert max(t.shape[0] for t in kept if t.dim() == 2) == rows
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert all(map(torch.equal, *found))
+
+
 def test_experts_gradcheck() -> None:
     ids = torch.tensor([[0, 3], [-1, 3], [3, 1]])
     x, weights, up, down, *biases = (t.detach().double() for t in expert_leaves(3, bias=True))

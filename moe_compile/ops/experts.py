@@ -60,6 +60,8 @@ def experts(
     out = torch.zeros(x.shape[0], down.shape[-1], dtype=sum_dtype, device=x.device)
     for expert in range(up.shape[0]):
         pick, token = ids.T.eq(expert).nonzero(as_tuple=True)
+        if expert and not len(token):
+            continue  # it adds nothing; the first gives all of them gradients
         weight = weights[token, pick, None]
         rows = (x[token] * weight).to(x.dtype) if weigh_input else x[token]
         rows = rows.to(up.dtype) @ up[expert]

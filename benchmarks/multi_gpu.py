@@ -20,6 +20,9 @@ tokens of its own, and each peer its own launch of all ranks. Peers:
     moe_deepep_bound  by DeepEP, with `max_tokens_per_rank`: it never waits for the device
     moe_..._chunks    any of these three with the pass chunk_tokens, in two chunks
     moe_..._shared    with overlap_shared_experts; it needs `--shared`; _chunks_shared is both
+    moe_..._selective with activation_checkpointing="selective"
+    moe_..._gathered  with fsdp={"reshard_after_forward": False}: all but the experts stays gathered
+                      from a layer's forward to its backward
 
 First forward and backward are measured with fixed weights and without an optimizer, then whole
 steps with fused AdamW. Times are medians over the steps of the slowest rank, tokens/s are of

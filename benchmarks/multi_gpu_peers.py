@@ -102,8 +102,7 @@ def moe(
     import moe_compile
 
     dispatcher: Any = "all_to_all" if peer.startswith("moe_all_to_all") else "deepep"
-    bound = args.bound if "bound" in peer else None
-    options = {"compile": {"backend": args.backend}, "max_tokens_per_rank": bound} | options
+    options = {"compile": {"backend": args.backend}, **options_of(peer, args)} | options
     config = moe_compile.OptimizeConfig(dispatcher=dispatcher, **options)
     mesh = init_device_mesh(args.device, (args.ranks,), **MESH)
     model = moe_compile.optimize(model, mesh, config, passes=passes_of(peer))
@@ -113,6 +112,16 @@ def moe(
     if list(report.dispatchers) != [dispatcher]:
         raise RuntimeError(f"tokens do not travel by {dispatcher}: {report.dispatchers}")
     return model
+
+
+def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a peer's name asks for."""
+    found: dict[str, Any] = {"max_tokens_per_rank": args.bound if "bound" in peer else None}
+    if "selective" in peer:
+        found["activation_checkpointing"] = "selective"
+    if "gathered" in peer:
+        found["fsdp"] = {"reshard_after_forward": False}
+    return found
 
 
 def passes_of(peer: str) -> Any:

@@ -141,19 +141,24 @@ def _routing_sites(group: Group, unit: UnitGraph, *, beside: bool) -> dict[str, 
 
 
 def _product_sites(group: Group, unit: UnitGraph, routing: dict[str, Site]) -> Iterator[Site]:
-    """Experts' weights in products that no match took, where no refused selection tells of them.
-
-    One does in the module that holds the weights, in one that this is a part of, or in another part
-    of that.
-    """
+    """Experts' weights in products that no match took, where no refused selection tells of them."""
     products = expert_products(unit.graph)
     refused = [path for path, site in routing.items() if site.status == "refused"]
     for holder, node in products.items():
         others = [other for other in products if other != holder and not _is_in(holder, other)]
         own = [path for path in refused if not any(_is_in(path, other) for other in others)]
-        around = holder.rpartition(".")[0]
-        if not any(_is_in(path, around) or _is_in(holder, path) for path in own):
+        if not any(_tells_of(path, holder) for path in own):
             yield _unmatched(_full_name(group, holder), len(group.names), "experts", unit, node)
+
+
+def _tells_of(selection: str, holder: str) -> bool:
+    """Whether a selection is in the module that holds weights, around it, or beside it.
+
+    One in a part of a block tells of all of the block's, as of LoRA's own weights for each expert.
+    """
+    beside, block = holder.rpartition(".")[0], selection.rpartition(".")[0]
+    in_block = block != "" and _is_in(holder, block)
+    return in_block or _is_in(selection, beside) or _is_in(holder, selection)
 
 
 def _is_in(path: str, module: str) -> bool:

@@ -76,8 +76,8 @@ class ModuleCall:
 class CallLog:
     """The calls of one trace, in order; also a context in which they are recorded.
 
-    `reads` holds every plain attribute that the traced code read: (module path, name) -> value. Two
-    modules that differ in one of them need a capture each.
+    `reads` holds every plain attribute that the traced code read: (module path, name) -> value, or
+    `OfKind` where the value does not matter. Two modules that differ in one need a capture each.
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -218,9 +218,10 @@ class CallLog:
         def getattribute(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             plain = not name.startswith("_") and name in object.__getattribute__(module, "__dict__")
-            kept = plain and not isinstance(value, UntouchedAttribute)
-            if kept and log.open and id(module) in paths:
-                log.reads[paths[id(module)], name] = value
+            if plain and log.open and id(module) in paths:
+                is_hidden = isinstance(value, UntouchedAttribute)
+                read = object.__getattribute__(value, "kind") if is_hidden else value
+                log.reads[paths[id(module)], name] = read
             return value
 
         return mock.patch.object(nn.Module, "__getattribute__", getattribute)

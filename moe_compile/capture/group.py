@@ -21,6 +21,7 @@ from moe_compile.capture.probe import Call, describe, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import line_of
 from moe_compile.capture.trace import Capture, Mode, trace
+from moe_compile.capture.untouched import KINDS, OfKind
 
 
 @dataclass
@@ -111,7 +112,7 @@ class _Grouping:
         home = next((g for g in alike if g.serves(unit)), None)
         if home is not None:
             return home
-        differing = differences(alike[-1].reads, unit) if alike else set[Attribute]()
+        differing = differences((g.reads for g in alike), unit)
         new = _capture(self.shadow, unit, call, self.autocast, self.hidden[kind], differing)
         home = next((g for g in alike if g.takes(new, self.shadow.model)), new)
         if home not in alike:
@@ -205,16 +206,25 @@ def reads_agree(reads: dict[Attribute, Any], module: nn.Module) -> bool:
     )
 
 
-def differences(reads: dict[Attribute, Any], module: nn.Module) -> set[Attribute]:
-    """Plain attributes that a module has other values of than the capture of another one read."""
-    values = {key: getattr(module.get_submodule(key[0]), key[1], None) for key in reads}
-    plain = {key for key, value in values.items() if isinstance(value, (int, float, str))}
-    return {key for key in plain if key[1] != "training" and not _same(values[key], reads[key])}
+def differences(captures: Iterable[dict[Attribute, Any]], module: nn.Module) -> set[Attribute]:
+    """Plain attributes that a module has other values of than captures of other ones read.
+
+    Of the same type: code that asks whether one is None sees no difference between them.
+    """
+    found = set[Attribute]()
+    for (path, name), read in itertools.chain.from_iterable(reads.items() for reads in captures):
+        value = getattr(module.get_submodule(path), name, None)
+        if type(value) in KINDS and type(value) is type(read) and value != read:
+            found.add((path, name))
+    return found
 
 
 def _same(left: Any, right: Any) -> bool:
+    """Whether an attribute has a value that a capture read, or one of its kind if that is all."""
     if left is right:
         return True
+    if isinstance(right, OfKind):
+        return type(left) is right.kind
     if isinstance(left, Tensor) or type(left) is not type(right):
         return False
     if isinstance(left, functools.partial):

@@ -28,7 +28,7 @@ from moe_compile.capture.quick_nodes import quick_nodes
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.source import recorded_lines
 from moe_compile.capture.unchanged import Unchanged
-from moe_compile.capture.untouched import Touched, Untouched, UntouchedAttribute
+from moe_compile.capture.untouched import KINDS, Touched, Untouched, UntouchedAttribute
 from moe_compile.capture.wrapping import untraced_wrapping
 
 _ASSERTS = {
@@ -107,8 +107,7 @@ def trace(
     while True:
         try:
             with Unchanged(unit) as before:
-                for path, name in hidden:
-                    vars(unit.get_submodule(path))[name] = UntouchedAttribute(path, name)
+                _hide(unit, hidden)
                 own = _without_values(unit, call, matters)
                 capture = _trace(shadow, unit, own, mode, before, sampled=sampled)
             for node in capture.graph.nodes:
@@ -121,6 +120,15 @@ def trace(
             matters.add(touched.name)
         except RandomExperts:  # nothing will match them: a few say where they draw
             sampled = True
+
+
+def _hide(unit: nn.Module, hidden: Iterable[Attribute]) -> None:
+    """Puts stand-ins where attributes are whose values may not matter."""
+    for path, name in hidden:
+        attributes = vars(unit.get_submodule(path))
+        kind = type(attributes.get(name))
+        if kind in KINDS:
+            attributes[name] = UntouchedAttribute(path, name, kind)
 
 
 def _without_values(unit: nn.Module, call: Call, matters: set[str]) -> Call:

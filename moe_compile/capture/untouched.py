@@ -2,10 +2,15 @@
 
 Models hand flags and loss arguments (`use_cache`, `num_items_in_batch`) through every layer. A
 graph holds for any value of an argument that its code never looked at, and for calls without it;
-so it does for any value of an attribute, such as the number of a layer.
+so it does for any value of an attribute, such as the number of a layer, but of one kind alone:
+nothing sees code that asks whether the stand-in is None, or True.
 """
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
+
+KINDS = (int, float, str)
+"""What stand-ins of attributes may stand for: values of these types, not of subclasses."""
 
 
 class Touched(Exception):
@@ -46,13 +51,21 @@ class Untouched:
         return id(self)
 
 
+@dataclass(frozen=True)
+class OfKind:
+    """What traced code read of an attribute whose value did not matter: the value's type."""
+
+    kind: type
+
+
 class UntouchedAttribute(Untouched):
     """Stands for an attribute of the module at `path`: looking at it is a `TouchedAttribute`."""
 
     __hash__ = Untouched._touch  # type: ignore[assignment]
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, path: str, name: str, kind: type) -> None:
         object.__setattr__(self, "_error", TouchedAttribute(path, name))
+        object.__setattr__(self, "kind", OfKind(kind))
         object.__setattr__(self, "where", f"{path}.{name}" if path else name)
 
 

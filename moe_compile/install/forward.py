@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from moe_compile import ops
 from moe_compile.capture.trace import Mode
+from moe_compile.capture.untouched import OfKind
 from moe_compile.install.count_picks import counted
 from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
@@ -110,7 +111,7 @@ def _own_reads(cut: Cut, reads: dict[tuple[str, str], Any]) -> tuple[tuple[str, 
     """
     prefix = f"{cut.path}." if cut.path else ""
     inlined = {cut.path: "", **{f"{prefix}{child}": child for child in cut.crossed}}
-    plain = (bool, int, float, str, type(None), torch.dtype)
+    plain = (bool, int, float, str, type(None), torch.dtype, OfKind)
     return tuple(
         (inlined[where], name, value)
         for (where, name), value in reads.items()
@@ -186,6 +187,8 @@ def _is_ambient(mode: Mode, module: nn.Module, device: str) -> bool:
 
 def _still_reads(module: nn.Module, path: str, name: str, value: Any) -> bool:
     now = getattr(module.get_submodule(path) if path else module, name, None)
+    if isinstance(value, OfKind):
+        return type(now) is value.kind
     return type(now) is type(value) and now == value
 
 

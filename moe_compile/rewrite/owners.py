@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
-from moe_compile.capture.boundary import Attribute, enter, exit
+from moe_compile.capture.boundary import enter, exit
 from moe_compile.capture.forms import observe
 from moe_compile.capture.group import Group, differences, reads_agree
 from moe_compile.capture.hidden import Hidden
@@ -76,7 +76,7 @@ class Owners:
         found = next((known for known in alike if reads_agree(known.reads, module)), None)
         if found is None:
             hidden = self.hidden.setdefault(key, Hidden())
-            differing = differences(alike[-1].reads, module) if alike else set[Attribute]()
+            differing = differences((known.reads for known in alike), module)
             attempt = functools.partial(
                 trace, self.shadow, module, call, mode, matters, observed=observed
             )

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile import OptimizeConfig
 from moe_compile.capture.group import Group, group
 from moe_compile.capture.probe import probe
 from moe_compile.capture.shadow import cast_shadow
+from moe_compile.capture.untouched import OfKind
 from tests.families import build
 from tests.pairs import check_close, make_pair
 
@@ -157,7 +159,41 @@ class Numbers(nn.Module):
 def test_a_number_that_is_only_handed_on_does_not_matter() -> None:
     (found,) = groups(Numbers(looks=False), random())
     assert found.names == [f"layers.{i}" for i in range(4)]
-    assert ("", "layer_idx") not in found.reads
+    assert found.reads["", "layer_idx"] == OfKind(int)
+
+
+class Windowed(nn.Module):
+    """A layer whose code asks whether it has a window, and then does not look at it."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window, self.inner = window, Keyed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.window is not None:
+            x = x.flip(1)
+        return x + self.inner(x, 0, None)
+
+
+class Windows(nn.Module):
+    def __init__(self, *windows: int | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(map(Windowed, windows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("windows", [*itertools.permutations((None, 3, 4))])
+def test_nothing_stands_for_none(windows: tuple[int | None, ...]) -> None:
+    named = sorted(found.names for found in groups(Windows(*windows), random()))
+    without = [f"layers.{windows.index(None)}"]
+    others = [f"layers.{i}" for i, window in enumerate(windows) if window is not None]
+    assert named == sorted([without, others])
+    pair = make_pair(Windows(*windows), OptimizeConfig(verify="off"), example_inputs=(random(),))
+    check_close(run(pair.optimized, random()), run(pair.original, random()))
 
 
 def test_a_number_that_is_a_key_does() -> None:

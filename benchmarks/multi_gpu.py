@@ -23,6 +23,7 @@ tokens of its own, and each peer its own launch of all ranks. Peers:
     moe_..._selective with activation_checkpointing="selective"
     moe_..._gathered  with fsdp={"reshard_after_forward": False}: all but the experts stays gathered
                       from a layer's forward to its backward
+    moe_..._joined    with layers_per_unit=4
 
 First forward and backward are measured with fixed weights and without an optimizer, then whole
 steps with fused AdamW. Times are medians over the steps of the slowest rank, tokens/s are of

@@ -121,6 +121,8 @@ def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
         found["activation_checkpointing"] = "selective"
     if "gathered" in peer:
         found["fsdp"] = {"reshard_after_forward": False}
+    if "joined" in peer:
+        found["layers_per_unit"] = 4
     return found
 
 

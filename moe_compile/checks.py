@@ -104,6 +104,10 @@ def check_config(config: Any, mesh: DeviceMesh | None) -> None:
     alone = mesh is None or mesh.size() == 1
     unready = {
         "fsdp": (alone and config.fsdp not in ("auto", False), "pass a mesh with it"),
+        "layers_per_unit": (
+            (alone or config.fsdp is False) and config.layers_per_unit != 1,
+            "pass a mesh, and not fsdp=False",
+        ),
         "dispatcher": (alone and config.dispatcher != "auto", "pass a mesh with it"),
         "max_tokens_per_rank": (
             alone and config.max_tokens_per_rank is not None,

@@ -9,6 +9,7 @@ from moe_compile.ops import OPS
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "compile": ("auto", True, False),
     "fsdp": ("auto", True, False),
+    "layers_per_unit": (),
     "dispatcher": ("auto", "deepep", "all_to_all"),
     "max_tokens_per_rank": (None,),
     "measure": ("auto", True, False),
@@ -31,6 +32,7 @@ def _is_count(value: Any) -> bool:
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compile": (_is_mapping, "a dict of torch.compile options"),
     "fsdp": (_is_mapping, "a dict of fully_shard options"),
+    "layers_per_unit": (_is_count, "a positive int"),
     "max_tokens_per_rank": (_is_count, "a positive int"),
 }
 """What a field takes beside its choices."""
@@ -45,6 +47,10 @@ class OptimizeConfig:
             for the CPU; a dict is passed on as options.
         fsdp: shard all but the experts with FSDP2, which also averages their gradients over the
             ranks: `"auto"` is on when the mesh has more than one. With False both are left to you.
+        layers_per_unit: how many layers, one after the other, are one unit of FSDP2. Every unit has
+            hooks and collectives of its own, whose time on the CPU small layers cannot hide; all of
+            a unit but its experts is whole on a rank while one of its layers computes. More than
+            one takes a model that always calls all of its layers.
         dispatcher: how tokens travel between expert-parallel ranks: `"auto"` is DeepEP where it is
             installed and takes the model, else all_to_all, and so is `"deepep"`; the report says
             which of them, and why it could not be DeepEP.
@@ -80,6 +86,7 @@ class OptimizeConfig:
 
     compile: bool | Literal["auto"] | Mapping[str, Any] = "auto"
     fsdp: bool | Literal["auto"] | Mapping[str, Any] = "auto"
+    layers_per_unit: int = 1
     dispatcher: Literal["auto", "deepep", "all_to_all"] = "auto"
     max_tokens_per_rank: int | None = None
     providers: Literal["auto"] | Mapping[str, str] = "auto"

@@ -1,4 +1,4 @@
-"""Everything but the experts, over all ranks: one `fully_shard` for each layer, one for the rest.
+"""Everything but the experts, over all ranks: `fully_shard` for each layer, and for the rest.
 
 FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
@@ -27,8 +27,20 @@ def shard_data_parallel(
         move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
-    for modules in (*joined_by_ties(layers), [model]):
+    units = in_a_row(joined_by_ties(layers), config.layers_per_unit)
+    for modules in (*units, [model]):
         fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
+
+
+def in_a_row(groups: list[list[nn.Module]], count: int) -> list[list[nn.Module]]:
+    """The groups, as many after each other joined as make up `count` layers."""
+    units: list[list[nn.Module]] = []
+    for group in groups:
+        if units and len(units[-1]) + len(group) <= count:
+            units[-1] = [*units[-1], *group]
+        else:
+            units.append(group)
+    return units
 
 
 def joined_by_ties(layers: list[nn.Module]) -> list[list[nn.Module]]:

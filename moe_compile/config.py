@@ -103,9 +103,8 @@ class OptimizeConfig:
             if field.name == "providers":
                 _check_providers(value)
             elif not _accepts(field.name, value):
-                takes = ", ".join(map(repr, _CHOICES[field.name]))
-                if field.name in _KINDS:
-                    takes += f" or {_KINDS[field.name][1]}"
+                choices = ", ".join(map(repr, _CHOICES[field.name]))
+                takes = " or ".join(filter(None, (choices, _KINDS.get(field.name, (0, ""))[1])))
                 raise ValueError(
                     f"OptimizeConfig.{field.name} got {value!r}; it takes {takes}; "
                     f"leave it out for {field.default!r}"

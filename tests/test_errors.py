@@ -59,6 +59,8 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("verify", "on"),
     ("deterministic", 1),
     ("deterministic", "auto"),
+    ("layers_per_unit", 0),
+    ("layers_per_unit", None),
     ("max_tokens_per_rank", 0),
     ("max_tokens_per_rank", -1),
     ("max_tokens_per_rank", True),
@@ -85,6 +87,7 @@ def test_an_unknown_config_field() -> None:
 UNREADY: list[tuple[str, Any]] = [
     ("fsdp", True),
     ("fsdp", {"reshard_after_forward": True}),
+    ("layers_per_unit", 2),
     ("dispatcher", "deepep"),
     ("dispatcher", "all_to_all"),
     ("max_tokens_per_rank", 8),

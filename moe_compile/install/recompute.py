@@ -81,7 +81,7 @@ def recomputing(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     kept = KEPT[mode]
     eager = functools.partial(keeping, functools.partial(_keeps, kept))
     compiled = functools.partial(
-        create_selective_checkpoint_contexts, functools.partial(_policy, kept)
+        create_selective_checkpoint_contexts, functools.partial(policy, kept)
     )
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,13 +104,17 @@ def _keeps(kept: frozenset[str], op: Any) -> bool:
     return not kept.isdisjoint(_names(op))
 
 
-def _policy(
+def policy(
     kept: frozenset[str], _: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
     # Torch 2.13 puts the state of what draws where it looks for a DTensor's mesh, and fails.
     draws = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
-    is_kept = draws or _keeps(kept, op)
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    if draws or _keeps(kept, op):
+        return CheckpointPolicy.MUST_SAVE
+    if op is torch.ops.aten._assert_scalar.default:
+        # Asked to check a size again, torch 2.11 keeps the comparison, which Inductor cannot pass.
+        return CheckpointPolicy.PREFER_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_plain(value: Any) -> bool:

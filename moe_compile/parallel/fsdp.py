@@ -4,6 +4,7 @@ FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,27 +18,31 @@ from moe_compile.parallel.layout import Layout
 
 def shard_data_parallel(
     model: nn.Module,
-    layers: list[nn.Module],
+    names: list[str],
     experts: set[nn.Parameter],
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
-    """Applies FSDP2 to the layers and the model; `experts` are left to their own ranks."""
+    """Applies FSDP2 to the named layers and the model; `experts` are left to their own ranks."""
     if config.fsdp is False:
         move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
-    units = in_a_row(joined_by_ties(layers), config.layers_per_unit)
+    lists = {model.get_submodule(name): name.rpartition(".")[0] for name in names}
+    units = joined_in_a_row(joined_by_ties(list(lists)), lists, config.layers_per_unit)
     for modules in (*units, [model]):
         fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
 
 
-def in_a_row(groups: list[list[nn.Module]], count: int) -> list[list[nn.Module]]:
-    """The groups, as many after each other joined as make up `count` layers."""
+def joined_in_a_row(
+    groups: list[list[nn.Module]], lists: Mapping[nn.Module, str], count: int
+) -> list[list[nn.Module]]:
+    """Groups of layers, joined with those before them of the same lists, up to `count` layers."""
     units: list[list[nn.Module]] = []
     for group in groups:
-        if units and len(units[-1]) + len(group) <= count:
-            units[-1] = [*units[-1], *group]
+        last = units[-1] if units else []
+        if {lists[n] for n in last} == {lists[n] for n in group} and len(last + group) <= count:
+            units[-1] = last + group
         else:
             units.append(group)
     return units

@@ -37,8 +37,7 @@ def shard(
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
     names = layer_names(groups)
-    layers = [model.get_submodule(name) for name in names]
-    shard_data_parallel(model, layers, experts, layout, config)
+    shard_data_parallel(model, names, experts, layout, config)
     watch(model, names)
     forbid_additions(model)
     mark_prepared(model)

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import moe_compile
 from moe_compile import OptimizeConfig
+from moe_compile.parallel.fsdp import joined_in_a_row
 from tests.parallel.models import EXPERTS_ONLY, both, check_step, small
 from tests.ranks import on_ranks
 
@@ -23,6 +25,15 @@ def options() -> None:
     for layer in model.model.layers:
         assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
     check_step(model, reference)
+
+
+def joined() -> None:
+    """Two layers are a unit of FSDP2, and the third one is by itself."""
+    model, reference = both("ep", small(num_hidden_layers=3), OptimizeConfig(layers_per_unit=2))
+    states = [layer._get_fsdp_state() for layer in model.model.layers]
+    assert states[0] is states[1] is not states[2]
+    check_step(model, reference)
+    assert all(isinstance(layer, FSDPModule) for layer in model.model.layers)
 
 
 def alone() -> None:
@@ -47,11 +58,23 @@ def check_averaged_step(model: Any, reference: Any) -> None:
 
 def on_two_ranks() -> None:
     options()
+    joined()
     alone()
 
 
 def test_options_and_none() -> None:
     on_ranks(2, on_two_ranks)
+
+
+def test_layers_of_one_list_are_joined() -> None:
+    layers = [nn.Linear(1, 1) for _ in range(7)]
+    names = ("encoder", "encoder", "encoder", "decoder", "decoder", "decoder", "decoder")
+    groups = [[layer] for layer in layers[:5]] + [layers[5:]]
+    lists = dict(zip(layers, names, strict=True))
+    for count, want in ((1, (1, 1, 1, 1, 1, 2)), (2, (2, 1, 2, 2)), (4, (3, 4))):
+        units = joined_in_a_row(groups, lists, count)
+        assert sum(units, []) == layers
+        assert tuple(map(len, units)) == want
 
 
 def from_cpu_to_gpu(shape: tuple[int, ...]) -> None:

@@ -107,6 +107,7 @@ def _keeps(kept: frozenset[str], op: Any) -> bool:
 def policy(
     kept: frozenset[str], _: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
+    """What becomes of an operator's result in a compiled layer; `torch.utils.checkpoint` asks."""
     # Torch 2.13 puts the state of what draws where it looks for a DTensor's mesh, and fails.
     draws = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
     if draws or _keeps(kept, op):

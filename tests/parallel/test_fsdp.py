@@ -73,7 +73,7 @@ def test_layers_of_one_list_are_joined() -> None:
     lists = dict(zip(layers, names, strict=True))
     for count, want in ((1, (1, 1, 1, 1, 1, 2)), (2, (2, 1, 2, 2)), (4, (3, 4))):
         units = joined_in_a_row(groups, lists, count)
-        assert sum(units, []) == layers
+        assert [layer for unit in units for layer in unit] == layers
         assert tuple(map(len, units)) == want
 
 

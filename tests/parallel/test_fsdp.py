@@ -67,7 +67,7 @@ def test_options_and_none() -> None:
 
 
 def test_layers_of_one_list_are_joined() -> None:
-    layers = [nn.Linear(1, 1) for _ in range(7)]
+    layers: list[nn.Module] = [nn.Linear(1, 1) for _ in range(7)]
     names = ("encoder", "encoder", "encoder", "decoder", "decoder", "decoder", "decoder")
     groups = [[layer] for layer in layers[:5]] + [layers[5:]]
     lists = dict(zip(layers, names, strict=True))

@@ -17,6 +17,7 @@ SHARDS = "moe_compile/parallel/experts.py"
 FAMILIES = "tests/test_families.py"
 MESHES = "tests/parallel/test_meshes.py"
 EXCHANGE = "tests/kernels/test_all_to_all.py"
+FORWARD = "tests/install/test_forward.py"
 
 
 @dataclass(frozen=True)
@@ -310,20 +311,20 @@ BUGS = (
         "moe_compile/install/forward.py",
         "        if self.fits is not None and not all(self.fits(*tensors)):\n",
         "        if self.fits is not None and not any(self.fits(*tensors)):\n",
-        ("tests/test_optimize.py", "tests/install", "tests/test_hf_behaviour.py"),
+        (FORWARD,),
     ),
     Bug(
         "an attribute that changed afterwards is not looked at",
         "moe_compile/install/forward.py",
         "        if not all(_still_reads(module, *read) for read in self.reads):\n",
         "        if self.reads and not any(_still_reads(module, *read) for read in self.reads):\n",
-        ("tests/test_optimize.py", "tests/test_hf_behaviour.py"),
+        (FORWARD,),
     ),
     Bug(
         "hooks of a module that is no longer called are forgotten",
         "moe_compile/install/forward.py",
         "        if not all(_is_plain(module, *child) for child in self.crossed):\n",
         "        if not all(_is_plain(module, *child) for child in self.crossed[1:]):\n",
-        ("tests/test_optimize.py", "tests/test_hf_behaviour.py"),
+        (FORWARD,),
     ),
 )

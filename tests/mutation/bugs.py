@@ -14,7 +14,6 @@ ALL_TO_ALL = "moe_compile/kernels/all_to_all.py"
 ROWS = "moe_compile/kernels/expert_rows.py"
 SHARDS = "moe_compile/parallel/experts.py"
 
-FAMILIES = "tests/test_families.py"
 MESHES = "tests/parallel/test_meshes.py"
 EXCHANGE = "tests/kernels/test_all_to_all.py"
 FORWARD = "tests/install/test_forward.py"
@@ -304,7 +303,7 @@ BUGS = (
         "moe_compile/rewrite/rewriter.py",
         """        if result.node.meta["val"].dtype != wanted:\n""",
         """        if result.node.meta["val"].dtype == torch.int64:\n""",
-        ("tests/patterns", f"{FAMILIES}::test_bf16_is_as_exact_as_the_original"),
+        ("tests/patterns/test_grouped_experts.py",),
     ),
     Bug(
         "a call of another form runs the captured code",

@@ -43,23 +43,29 @@ SGD: dict[str, Any] = {
 
 def trainer_logs(
     model: Any,
-    folder: Path | None = None,
     *,
     kind: Callable[..., Trainer] = Trainer,
-    resume: Path | None = None,
+    folder: Path | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, on rows that have different numbers of labels."""
+    with tempfile.TemporaryDirectory() as own:
+        return logs_of(trainer_of(model, folder or Path(own), kind=kind, **options))
+
+
+def trainer_of(
+    model: Any, folder: Path, *, kind: Callable[..., Trainer] = Trainer, **options: Any
+) -> Trainer:
+    """Trains and evaluates on rows that have different numbers of labels."""
     rows = token_ids(12, 10)
     examples = [
         {"input_ids": row, "labels": unlabelled(row, 3 * i % 8)} for i, row in enumerate(rows)
     ]
-    with tempfile.TemporaryDirectory() as own:
-        arguments = TrainingArguments(str(folder or own), **ARGUMENTS | options)
-        return logs_of(kind(model, arguments, train_dataset=examples), resume)
+    arguments = TrainingArguments(str(folder), **ARGUMENTS | options)
+    return kind(model, arguments, train_dataset=examples, eval_dataset=examples)
 
 
-def logs_of(trainer: Any, resume: Path | None) -> list[dict[str, float]]:
+def logs_of(trainer: Any, resume: Path | None = None) -> list[dict[str, float]]:
     """Trains, and returns loss and gradient norm of each step, those before a resumption too."""
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     kept = ("loss", "grad_norm")

@@ -17,18 +17,14 @@ from tests.trainers import ARGUMENTS, logs_of
 
 def trl_losses(model: Any) -> list[float]:
     """The losses alone."""
-    return [entry["loss"] for entry in trl_logs(model)]
+    with tempfile.TemporaryDirectory() as folder:
+        return [entry["loss"] for entry in logs_of(trl_trainer_of(model, Path(folder)))]
 
 
-def trl_logs(
-    model: Any,
-    folder: Path | None = None,
-    *,
-    kind: Callable[..., SFTTrainer] = SFTTrainer,
-    resume: Path | None = None,
-    **options: Any,
-) -> list[dict[str, float]]:
-    """With TRL's SFTTrainer, on text, which it tokenizes itself."""
+def trl_trainer_of(
+    model: Any, folder: Path, *, kind: Callable[..., SFTTrainer] = SFTTrainer, **options: Any
+) -> SFTTrainer:
+    """SFTTrainer, on text, which it tokenizes itself."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(128)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -36,7 +32,5 @@ def trl_logs(
     )
     rows = token_ids(12 if options else 6, 10)
     data: Any = Dataset.from_dict({"text": [" ".join(map(str, row.tolist())) for row in rows]})
-    with tempfile.TemporaryDirectory() as own:
-        arguments = SFTConfig(str(folder or own), bf16=False, **ARGUMENTS | options)
-        trainer = kind(model, arguments, train_dataset=data, processing_class=tokenizer)
-        return logs_of(trainer, resume)
+    arguments = SFTConfig(str(folder), bf16=False, **ARGUMENTS | options)
+    return kind(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)

@@ -221,21 +221,45 @@ def adapter_names(
     model: Any, state: dict[str, Tensor], options: dict[str, Any]
 ) -> list[str] | None:
     """The names of the adapters' tensors; None where the whole model is saved, not its adapters."""
+    adapters = adapter_states(model, state, options)
+    if adapters is None:
+        return None
+    saved = {id(tensor) for part in adapters.values() for tensor in part.values()}
+    return [name for name, tensor in state.items() if id(tensor) in saved]
+
+
+def adapter_states(
+    model: Any, state: dict[str, Tensor], options: dict[str, Any]
+) -> dict[str, dict[str, Tensor]] | None:
+    """What is saved of each adapter, under the names in its file, by the folder that holds it.
+
+    None where the whole model is saved, not its adapters.
+    """
     if is_wrapper(model):
         from peft import get_peft_model_state_dict
 
         wanted = options.get("selected_adapters") or list(model.peft_config)
         embeddings = options.get("save_embedding_layers", "auto")
-        parts = [
-            get_peft_model_state_dict(model, dict(state), name, save_embedding_layers=embeddings)
+        return {
+            "" if name == "default" else name: get_peft_model_state_dict(
+                model, dict(state), name, save_embedding_layers=embeddings
+            )
             for name in wanted
-        ]
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        parts = [model.get_adapter_state_dict(state_dict=dict(state))]
-    else:
-        return None
-    saved = {id(tensor) for part in parts for tensor in part.values()}
-    return [name for name, tensor in state.items() if id(tensor) in saved]
+        }
+    if _has_own_adapters(model):
+        own = model.get_adapter_state_dict(state_dict=state)
+        return {"": {f"base_model.model.{name}": tensor for name, tensor in own.items()}}
+    return None
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `save_pretrained` saves adapters, not the model."""
+    return is_pretrained(model) and (is_wrapper(model) or _has_own_adapters(model))
+
+
+def _has_own_adapters(model: nn.Module) -> bool:
+    """Whether transformers has put PEFT's adapters into the model, with no wrapper around it."""
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def is_wrapper(model: nn.Module) -> bool:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moe_compile.adapters.checkpoints import is_wrapper
+from moe_compile.adapters.checkpoints import has_adapters, is_wrapper
 from moe_compile.adapters.transformers import is_pretrained
+from moe_compile.checkpoint.adapters import load_adapters
 from moe_compile.checkpoint.load import load_pretrained
 from moe_compile.checkpoint.state import load_state, save_state
 
@@ -47,7 +48,7 @@ class TrainerMixin(_Trainer):
             self._own_optimizer(),
             step=self.state.global_step,
             scheduler=self._own_scheduler(),
-            frozen=not _has_adapters(self._own_model()),
+            frozen=not _is_wrapped(self._own_model()),
         )
 
     def _load_from_checkpoint(
@@ -55,7 +56,7 @@ class TrainerMixin(_Trainer):
     ) -> None:
         """Weights come with the optimizer's state, where there is one."""
         if not Path(resume_from_checkpoint, _FOLDER).is_dir():
-            load_pretrained(model or self._own_model(), resume_from_checkpoint)
+            _load_weights(model or self._own_model(), resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = Path(checkpoint or "", _FOLDER)
@@ -71,7 +72,7 @@ class TrainerMixin(_Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        load_pretrained(self._own_model(), best)
+        _load_weights(self._own_model(), best)
 
     def _own_model(self) -> nn.Module:
         model: Any = self.model
@@ -85,5 +86,13 @@ class TrainerMixin(_Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
-def _has_adapters(model: nn.Module) -> bool:
+def _is_wrapped(model: nn.Module) -> bool:
     return is_pretrained(model) and is_wrapper(model)
+
+
+def _load_weights(model: nn.Module, folder: str) -> None:
+    """What `save_pretrained` wrote: the model, or its adapters alone."""
+    if has_adapters(model):
+        load_adapters(model, Path(folder))
+    else:
+        load_pretrained(model, folder)

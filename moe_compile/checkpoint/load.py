@@ -56,11 +56,15 @@ def _load(conversion: Conversion, tensors: dict[str, Tensor], files: Files) -> l
     dtype = tensors[conversion.target].dtype
     made = conversion.make(lambda key: files.read(key).to(dtype))
     for name, whole in made.items():
-        own = tensors[name]
-        if isinstance(own, DTensor):
-            whole, own = local_part(whole, own.device_mesh, own.placements), own.to_local()
-        own.copy_(whole)
+        fill(tensors[name], whole)
     return list(made)
+
+
+def fill(own: Tensor, whole: Tensor) -> None:
+    """Copies the values of a whole tensor into a model's own, or this rank's shard of them."""
+    if isinstance(own, DTensor):
+        whole, own = local_part(whole, own.device_mesh, own.placements), own.to_local()
+    own.copy_(whole)
 
 
 def _materialize(model: nn.Module) -> None:

@@ -94,11 +94,15 @@ def _save(model: nn.Module, options: dict[str, Any], layout: Layout) -> None:
     if whole:
         _save_model(model, options, layout)
         return
+    first = layout.rank == 0
+    if sharded:
+        given = {name: _whole(given[name], first) for name in adapters or given}
+    write = functools.partial(_save_alone, model, options | {"state_dict": given})
     # A user's own tensors may be on one rank only, so they take no part in anything collective.
     if sharded:
-        given = {name: _whole(given[name], layout.rank == 0) for name in adapters or given}
-    if layout.rank == 0:
-        _save_alone(model, options | {"state_dict": given})
+        _on_all(layout, lambda: write() if first else None)
+    elif first:
+        write()
 
 
 def _save_alone(model: nn.Module, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moe_compile import OptimizeConfig
+from moe_compile.checkpoint.adapters import load_adapters
 
 QUICK = OptimizeConfig(compile=False, verify="off")
 
@@ -52,3 +53,19 @@ def everything(model: nn.Module) -> dict[str, Tensor]:
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@torch.no_grad()
+def check_load_adapters(model: Any, folder: Path) -> None:
+    """They come back, each rank's shards of them, once they are lost."""
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    before = {n: local(p).clone() for n, p in adapters.items()}
+    assert any(value.any() for value in before.values())
+    for parameter in adapters.values():
+        parameter.zero_()
+    load_adapters(model, folder)
+    assert all(torch.equal(local(p), before[n]) for n, p in adapters.items())
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

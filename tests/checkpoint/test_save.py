@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM
 
 import moe_compile
 from moe_compile.checkpoint import load, save
-from tests.checkpoint.folders import QUICK, check_same, check_stored, everything, stored
+from tests.checkpoint.folders import (
+    QUICK,
+    check_load_adapters,
+    check_same,
+    check_stored,
+    everything,
+    stored,
+)
 from tests.families import FAMILIES, build
 from tests.parallel.models import optimized
 from tests.ranks import on_ranks
@@ -164,6 +171,7 @@ def lora(model: Any) -> Any:
 def save_adapters(folder: Path) -> None:
     model = optimized(lora(build("mixtral")), "ep", QUICK)
     model.save_pretrained(folder / "adapters")
+    check_load_adapters(model, folder / "adapters")
     inner = model.get_base_model()
     inner.save_pretrained(folder / "inner")
     state = inner.state_dict()

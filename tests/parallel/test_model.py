@@ -156,10 +156,10 @@ def trained(folder: Path) -> list[dict[str, float]]:
     model = optimized(small(), "ep")
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"none from rank 1; .*TrainerMixin"):
-            trainer_logs(model, folder, **SGD | saving)
+            trainer_logs(model, folder=folder, **SGD | saving)
     else:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
-            trainer_logs(model, folder, **SGD | saving)
+            trainer_logs(model, folder=folder, **SGD | saving)
     return logs
 
 

@@ -1,10 +1,22 @@
+import sys
+
 import pytest
 
-from moe_compile.passes import ChooseProviders, RaiseNorms
+from moe_compile.ops import JOURNEYS
+from moe_compile.passes import (
+    ChooseProviders,
+    ChunkTokens,
+    DispatchExperts,
+    RaiseExperts,
+    RaiseNorms,
+)
 from moe_compile.passes.facts import NORMALIZED, PLANNED
+from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.unit_graph import UnitGraph
+from tests import deep_ep_emulator
+from tests.passes.test_dispatch_experts import TWO
 from tests.patterns.harness import canonical_node
-from tests.patterns.idioms import norm_unit
+from tests.patterns.idioms import experts_unit, norm_unit
 
 
 def raised_unit() -> UnitGraph:
@@ -45,3 +57,18 @@ def test_a_wanted_provider_that_refuses_is_an_error() -> None:
     unit.wanted_providers = {"rms_norm": "all_to_all"}
     with pytest.raises(ValueError, match="got 'all_to_all' for 'rms_norm', which refuses a call"):
         ChooseProviders().run(unit)
+
+
+@pytest.mark.parametrize("more", [(), (ChunkTokens(2),)], ids=["whole", "chunks"])
+def test_who_was_asked_to_send_tokens_brings_them_back(
+    monkeypatch: pytest.MonkeyPatch, more: tuple[Pass, ...]
+) -> None:
+    """DeepEP is there, and would take any combine."""
+    monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_emulator)
+    unit = experts_unit()
+    unit.ep, unit.wanted_providers = TWO, {"dispatch": "all_to_all"}
+    for step in (RaiseExperts(), DispatchExperts(), *more, ChooseProviders()):
+        step.run(unit)
+    travels = [n for n in unit.graph.nodes if n.target in JOURNEYS]
+    assert len(travels) >= 2
+    assert {node.meta["provider"] for node in travels} == {"all_to_all"}

@@ -10,13 +10,16 @@ from moe_compile.passes import RaiseExperts
 from moe_compile.patterns import GroupedExperts
 from moe_compile.rewrite.pattern import Template, templates
 from tests.patterns.harness import (
+    SEQUENCE,
     Function,
     assert_raised,
     assert_refused,
     assert_same_algebra,
+    calls,
     canonical_node,
     normal,
     spelling,
+    unit_of,
 )
 from tests.patterns.idioms import EXPERTS, expert_ids, experts_unit, grouped_experts, swiglu
 
@@ -146,3 +149,14 @@ def test_refuses(function: Function, reason: str) -> None:
 @pytest.mark.parametrize("template", SPELLINGS, ids=spelling)
 def test_parity(template: Template) -> None:
     assert_same_algebra(template, ids=expert_ids(6), activation=F.silu)
+
+
+def test_a_sum_in_another_dtype_stays_in_it() -> None:
+    """The op's result is in the rows' dtype; float32 weights made the original's float32."""
+    x, weights = normal(SEQUENCE, 8, dtype=torch.bfloat16), normal(SEQUENCE, 2)
+    stacks = {"up": normal(EXPERTS, 8, 12), "down": normal(EXPERTS, 6, 8)}
+    narrow = {name: stack.bfloat16() for name, stack in stacks.items()}
+    unit = unit_of(plain, x, expert_ids(), weights, **narrow)
+    assert calls(unit.graph)[-1].meta["val"].dtype == torch.float32
+    assert RaiseExperts().run(unit) == 1
+    assert calls(unit.graph)[-1].meta["val"].dtype == torch.float32

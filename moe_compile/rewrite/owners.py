@@ -22,6 +22,7 @@ from moe_compile.capture.hidden import Hidden
 from moe_compile.capture.probe import Call, structure
 from moe_compile.capture.shadow import Shadow
 from moe_compile.capture.trace import Mode, trace
+from moe_compile.rewrite.choices import known_choices, note_choices
 from moe_compile.rewrite.dispatch_mask import note_ones, ones_of
 from moe_compile.rewrite.unit_graph import UnitGraph
 
@@ -69,9 +70,10 @@ class Owners:
         matters: set[str],
     ) -> UnitGraph:
         """A module that is called as the unit's call with the number `owner`."""
-        observed, ones = not _drops(first, owner), ones_of(_arguments(first.graph, owner))
+        arguments = _arguments(first.graph, owner)
+        observed, shown = not _drops(first, owner), (ones_of(arguments), known_choices(arguments))
         module = self.shadow.model.get_submodule(first.name).get_submodule(path)
-        key = (structure(module), call.key(), mode, observed, ones, first.ep is None)
+        key = (structure(module), call.key(), mode, observed, shown, first.ep is None)
         alike = self.known.setdefault(key, [])
         found = next((known for known in alike if reads_agree(known.reads, module)), None)
         if found is None:
@@ -81,7 +83,8 @@ class Owners:
                 trace, self.shadow, module, call, mode, matters, observed=observed
             )
             capture = hidden.capture(attempt, differing)
-            note_ones(_arguments(capture.graph, 0), ones)
+            note_ones(_arguments(capture.graph, 0), shown[0])
+            note_choices(_arguments(capture.graph, 0), shown[1])
             choice = first.wanted_providers, path, first.ep, first.contests
             found = UnitGraph.of(first.name, capture, *choice)
             alike.append(found)

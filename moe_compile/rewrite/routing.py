@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moe_compile.rewrite.choices import choices_of
 from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies
 from moe_compile.rewrite.limits import check_no_limit
@@ -25,7 +26,6 @@ from moe_compile.rewrite.routing_proof import (
     Cut,
     Form,
     agrees,
-    choices_of,
     disproof,
     flows_into,
     is_size,

@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from moe_compile.rewrite.choices import choices_of, selection
 from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies
-from moe_compile.rewrite.normal_form import aten, schema_arguments, value
+from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.stand_ins import StandIns, positive
 from moe_compile.rewrite.weighted_sum import weighted_sum
@@ -28,14 +29,6 @@ _SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
-}
-_SAME_IDS = {aten.to.dtype, aten.reshape.default, aten.clone.default, operator.getitem}
-_SELECTIONS = {
-    aten.topk.default,
-    aten.sort.default,
-    aten.argmax.default,
-    aten.argsort.default,
-    aten.max.dim,
 }
 _Sizes = dict[Any, Any]
 _FAILURES = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
@@ -91,29 +84,9 @@ def disproof(cut: Cut, form: Form) -> str | None:
 
 def _are_distinct(ids: fx.Node) -> bool:
     """Whether a token's picks differ, as top-k's do."""
-    source = _selection(ids)
+    source = selection(ids)
     selects = source is not None and source.target in (aten.topk.default, aten.sort.default)
     return selects or per_row(ids) == 1
-
-
-def _selection(ids: fx.Node) -> fx.Node | None:
-    """The node that selects, where ids are what it gives."""
-    source: Any = ids
-    while isinstance(source, fx.Node) and source.target in _SAME_IDS:
-        source = source.args[0]
-    found = isinstance(source, fx.Node) and source.target in _SELECTIONS
-    return source if found else None
-
-
-def choices_of(ids: fx.Node, experts: int) -> int:
-    """How many values ids can have: what they are selected from may be more than the experts."""
-    source = _selection(ids)
-    if source is None:
-        return experts
-    scores = value(source.args[0])  # type: ignore[arg-type]
-    dim = schema_arguments(source).get("dim", -1)
-    size = scores.shape[-1 if dim is None else dim]
-    return max(size, experts) if isinstance(size, int) else experts
 
 
 def per_row(node: fx.Node) -> int:

@@ -24,6 +24,7 @@ from moe_compile.capture.untouched import Untouched, UntouchedStore
 from moe_compile.install.cut import cut
 from moe_compile.install.emit import emit
 from moe_compile.install.forward import Variant
+from moe_compile.rewrite.choices import example_ids
 from moe_compile.rewrite.dispatch_mask import example_mask
 from moe_compile.rewrite.normal_form import is_random
 from moe_compile.rewrite.refuse import Refuse
@@ -271,10 +272,12 @@ def _example_call(
 
 
 def _example(node: fx.Node, sizes: list[int], device: torch.device, seed: int) -> Tensor:
-    """Random numbers; a causal mask for booleans; positions for integers; or a mask of picks."""
+    """Random numbers; a causal mask for booleans; positions for integers, ids, or a mask of picks."""
     fake: Tensor = node.meta["val"]
     if "ones" in node.meta:
         return example_mask(sizes, node.meta["ones"]).to(device, fake.dtype)
+    if "choices" in node.meta:
+        return example_ids(sizes, node.meta["choices"]).to(device, fake.dtype)
     generator = _seeded(100 * seed + len(sizes))
     if fake.is_floating_point():
         return torch.randn(sizes, generator=generator).to(device, fake.dtype)

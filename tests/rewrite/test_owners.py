@@ -25,7 +25,7 @@ class Experts(nn.Module):
         for e in range(EXPERTS):
             token, pick = torch.where(ids == e)
             rows = F.linear(F.silu(F.linear(x[token], self.up[e])), self.down[e])
-            out = out.index_add(0, token, rows * weights[token, pick, None])
+            out = out.index_add(0, token, (rows * weights[token, pick, None]).to(x.dtype))
         return out
 
 
@@ -118,3 +118,43 @@ def test_a_call_that_other_data_may_not_lead_to_is_optional() -> None:
     found = {call.path: call.optional for call in unit.calls}
     assert found[""] is False
     assert found["image.experts"] is True
+
+
+class WithZeroExperts(Experts):
+    """Of which ids beyond the last give the token itself."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        passed = weights.masked_fill(ids < EXPERTS, 0).sum(-1, keepdim=True)
+        return super().forward(x, ids, weights) + x * passed.to(x.dtype)
+
+
+class ZeroRouted(Routed):
+    def __init__(self) -> None:
+        super().__init__(WithZeroExperts(12))
+        self.gate = nn.Linear(HIDDEN, EXPERTS + 3)
+
+
+class ZeroModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ZeroRouted() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_experts_captured_alone_know_of_the_ids_beyond_them() -> None:
+    model, x = ZeroModel(), torch.randn(40, HIDDEN)
+    original = copy.deepcopy(model)
+    moe_compile.optimize(model, example_inputs=(x,))
+    assert set(statuses(moe_compile.report(model)).values()) == {"rewritten"}
+    seen: list[tuple[Tensor, ...]] = []
+    own = original.get_submodule("layers.0.experts")
+    own.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.autocast("cpu", torch.bfloat16):
+        original(x)
+        actual, expected = model.get_submodule("layers.0.experts")(*seen[0]), own(*seen[0])
+    assert (seen[0][1] >= EXPERTS).any()
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)

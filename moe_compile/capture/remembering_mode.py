@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from moe_compile.capture.counted_rows import CountedRows
 from moe_compile.capture.form_rules import form_of_result
 from moe_compile.capture.known_calls import KnownCalls
 from moe_compile.capture.renaming import RenamedForm, Renaming
@@ -31,6 +32,7 @@ class RememberingMode(FakeTensorMode):
         self.results: dict[Hashable, Any] = {}
         self.renamed: dict[Hashable, RenamedForm] = {}
         self.calls = KnownCalls(self.forms)
+        self.rows = CountedRows(self.forms)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch gives, or tensors of the same forms."""
@@ -49,6 +51,9 @@ class RememberingMode(FakeTensorMode):
             key = func, torch.get_default_dtype(), *inputs
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.nonzero.default:
+            ask = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
+            return self.rows.of(args[0], ask)
         if key not in self.results:
             renaming = Renaming()
             general = renaming.key(key)

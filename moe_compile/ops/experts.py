@@ -58,16 +58,18 @@ def experts(
         up, down = up.mT, down.mT
     sum_dtype = torch.promote_types(x.dtype, weights.dtype)
     out = torch.zeros(x.shape[0], down.shape[-1], dtype=sum_dtype, device=x.device)
+    # The gradient of an index of a stack would be as large as the stack, for every expert.
+    ups, downs = up.unbind(), down.unbind()
     for expert in range(up.shape[0]):
         pick, token = ids.T.eq(expert).nonzero(as_tuple=True)
         if expert and not len(token):
             continue  # it adds nothing; the first gives all of them gradients
         weight = weights[token, pick, None]
         rows = (x[token] * weight).to(x.dtype) if weigh_input else x[token]
-        rows = rows.to(up.dtype) @ up[expert]
+        rows = rows.to(up.dtype) @ ups[expert]
         if up_bias is not None:
             rows = rows + up_bias[expert]
-        rows = activation(rows).to(down.dtype) @ down[expert]
+        rows = activation(rows).to(down.dtype) @ downs[expert]
         if down_bias is not None:
             rows = rows + down_bias[expert]
         rows = normed(rows, norm, _of_expert(norm_weight, expert))

@@ -1,5 +1,6 @@
 """Runs what surrounds experts with random functions in their place: numbers, then exact proofs."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.rewrite.choices import choices_of, selection
 from moe_compile.rewrite.dispatch_mask import Mask
-from moe_compile.rewrite.expert_bodies import Bodies
+from moe_compile.rewrite.expert_bodies import Bodies, Step
+from moe_compile.rewrite.known_proofs import Spelling, Unspelled
 from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.stand_ins import StandIns, positive
@@ -33,6 +35,12 @@ _SHAPE_ONLY = {
 _Sizes = dict[Any, Any]
 _FAILURES = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
 """What foreign code raises where it depends on more than it is given."""
+
+_DRAWS = ((5, False), (2, False), (3, True))
+"""How many tokens a proof takes, and whether a token's picks are alike."""
+
+_proven: set[tuple[str, int, bool]] = set()
+"""What was run, on which draw, and gave what the canonical op gives."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,14 @@ class Cut:
     bodies: Bodies
     mask: Mask | None = None
 
+    @functools.cached_property
+    def spelling(self) -> Spelling | None:
+        """What a proof runs of it; None where text does not say it."""
+        try:
+            return None if self.mask else _spelled(self)
+        except Unspelled:
+            return None
+
 
 @dataclass(frozen=True)
 class Form:
@@ -69,12 +85,14 @@ class Form:
 
 def disproof(cut: Cut, form: Form) -> str | None:
     """Why the nodes are not the canonical op; None where they are."""
-    distinct = cut.mask is not None or _are_distinct(cut.ids)
-    for tokens, repeats in ((5, False), (2, False), (3, True)):
-        if repeats and distinct:
+    distinct, said = cut.mask is not None or _are_distinct(cut.ids), _said(cut, form)
+    for tokens, repeats in _DRAWS:
+        if (repeats and distinct) or (said, tokens, repeats) in _proven:
             continue
         try:
             _prove_once(cut, form, tokens, repeats)
+            if said is not None:
+                _proven.add((said, tokens, repeats))
         except Disproved as problem:
             return f"the result is no weighted sum of the picked experts: {problem}"
         except _FAILURES as error:
@@ -114,16 +132,24 @@ def agrees(cut: Cut, forms: Iterable[Form]) -> Iterator[Form]:
     Raises:
         Refuse: the nodes cannot be run on their own.
     """
-    inputs = _inputs(cut, 5, repeats=False)
+    spelled = list(forms)
+    known = [form for form in spelled if (_said(cut, form), *_DRAWS[0]) in _proven]
+    yield from known
+    run = functools.partial(_in_numbers, inputs=_inputs(cut, *_DRAWS[0]))
+    try:
+        expected = run(_before(cut))
+    except _FAILURES as error:
+        raise Refuse(_not_alone(error), cut.root) from None
+    for form in spelled:
+        actual = run(_after(cut, form))
+        if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-8):
+            yield form
+
+
+def _in_numbers(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+    """The result in float64; whoever goes on with it has gradients, and a proof needs them."""
     with InFloat64(), torch.no_grad():
-        try:
-            expected = _before(cut)(*inputs)
-        except _FAILURES as error:
-            raise Refuse(_not_alone(error), cut.root) from None
-        for form in forms:
-            actual = _after(cut, form)(*inputs)
-            if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-8):
-                yield form
+        return function(*inputs)
 
 
 def _not_alone(error: Exception) -> str:
@@ -133,11 +159,38 @@ def _not_alone(error: Exception) -> str:
 
 def _prove_once(cut: Cut, form: Form, tokens: int, repeats: bool) -> None:
     with InFloat64():
-        inputs = _inputs(cut, tokens, repeats=repeats)
+        inputs = _inputs(cut, tokens, repeats)
     prove(_before(cut), _after(cut, form), inputs)
 
 
-def _inputs(cut: Cut, tokens: int, *, repeats: bool) -> list[Tensor]:
+def _said(cut: Cut, form: Form) -> str | None:
+    """All that is run to prove a form, and on what; None where text does not say it."""
+    spelling, weights = cut.spelling, form.weights
+    if spelling is None or weights not in spelling.numbers:
+        return None
+    free, ids = cut.free and value(cut.free).shape[1:], value(cut.ids)
+    return spelling.said(
+        *(cut.root, weights, form.full, form.weigh_input, form.identity, form.beyond),
+        *(choices_of(cut.ids, cut.bodies.count), ids.shape[1:], ids.dtype, free),
+        *(value(cut.tokens).shape, StandIns.sizes(cut.bodies, value(cut.tokens).shape[1])),
+    )
+
+
+def _spelled(cut: Cut) -> Spelling:
+    """The nodes as they are run."""
+    spelling = Spelling(cut.ids, cut.tokens, cut.free)
+    nodes, results = _steps(cut)
+    for node in nodes:
+        if node in results:
+            spelling.step(results[node])
+        elif _is_known_size(node):
+            spelling.size(node)
+        else:
+            spelling.call(node)
+    return spelling
+
+
+def _inputs(cut: Cut, tokens: int, repeats: bool) -> list[Tensor]:
     """Random ids, tokens, free values and functions."""
     generator = torch.Generator().manual_seed(tokens)
     hidden = value(cut.tokens).shape[1]
@@ -162,9 +215,7 @@ def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator
 
 def _before(cut: Cut) -> Callable[..., Tensor]:
     """The nodes as they stand, with a random function for each body."""
-    results = {step.result: step for step in cut.bodies.steps}
-    calls = [node for node in cut.inner if node.op == "call_function"]
-    steps = [node for node in calls if node not in cut.bodies.nodes or node in results]
+    steps, results = _steps(cut)
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
         own = StandIns.of(cut.bodies, functions)
@@ -176,6 +227,13 @@ def _before(cut: Cut) -> Callable[..., Tensor]:
         return env[cut.root]
 
     return run
+
+
+def _steps(cut: Cut) -> tuple[list[fx.Node], dict[fx.Node, Step]]:
+    """The nodes that are run, in order; and what the experts' part of them are."""
+    results = {step.result: step for step in cut.bodies.steps}
+    calls = [node for node in cut.inner if node.op == "call_function"]
+    return [node for node in calls if node not in cut.bodies.nodes or node in results], results
 
 
 def _cut_off(result: Any) -> Any:

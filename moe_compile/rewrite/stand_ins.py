@@ -38,11 +38,16 @@ class StandIns:
     down_bias: Tensor | None
     norm: Tensor | None
 
+    @classmethod
+    def draw(cls, bodies: Bodies, hidden: int, generator: torch.Generator) -> list[Tensor]:
+        """Random tensors for `of`."""
+        return [positive(size, generator) for size in cls.sizes(bodies, hidden)]
+
     @staticmethod
-    def draw(bodies: Bodies, hidden: int, generator: torch.Generator) -> list[Tensor]:
-        """Random tensors for `of`, without elements where it takes none."""
+    def sizes(bodies: Bodies, hidden: int) -> tuple[tuple[int, ...], ...]:
+        """Those of the tensors that `of` takes: without elements where there are none."""
         experts, out = bodies.count, value(bodies.results[0]).shape[-1]
-        sizes = (
+        return (
             (experts, hidden, _RANK),
             (experts * _has_up_bias(bodies), _RANK),
             (_RANK, _up_width(bodies)),
@@ -51,7 +56,6 @@ class StandIns:
             (experts * _has_offset(bodies), out),
             (experts * _has_norm(bodies), out),
         )
-        return [positive(size, generator) for size in sizes]
 
     @classmethod
     def of(cls, bodies: Bodies, tensors: tuple[Tensor, ...]) -> "StandIns":

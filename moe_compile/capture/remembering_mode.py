@@ -52,7 +52,7 @@ class RememberingMode(FakeTensorMode):
         except Formless:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.nonzero.default:
-            ask = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
+            ask: Any = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
             return self.rows.of(args[0], ask)
         if key not in self.results:
             renaming = Renaming()

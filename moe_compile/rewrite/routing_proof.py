@@ -216,14 +216,27 @@ def _random_ids(cut: Cut, tokens: int, repeats: bool, generator: torch.Generator
 def _before(cut: Cut) -> Callable[..., Tensor]:
     """The nodes as they stand, with a random function for each body."""
     steps, results = _steps(cut)
+    reads = {n: results[n].reads if n in results else n.all_input_nodes for n in steps}
+    added = _only_added(cut.root, reads)
 
     def run(ids: Tensor, x: Tensor, free_value: Tensor, *functions: Tensor) -> Tensor:
         own = StandIns.of(cut.bodies, functions)
         env: dict[Any, Any] = {cut.ids: ids, cut.tokens: x, cut.free: free_value}
         sizes = _sizes(cut, len(x))
-        for node in steps:
+
+        def compute(node: fx.Node) -> None:
+            if _adds_no_rows(node, env):
+                env[node] = env[node.args[0]]
+                return
+            for source in reads[node]:
+                if source in added and source not in env:
+                    compute(source)
             known = node in results
             env[node] = _cut_off(own.run(results[node], env) if known else _step(node, env, sizes))
+
+        for node in steps:
+            if node not in added:
+                compute(node)
         return env[cut.root]
 
     return run
@@ -234,6 +247,33 @@ def _steps(cut: Cut) -> tuple[list[fx.Node], dict[fx.Node, Step]]:
     results = {step.result: step for step in cut.bodies.steps}
     calls = [node for node in cut.inner if node.op == "call_function"]
     return [node for node in calls if node not in cut.bodies.nodes or node in results], results
+
+
+def _only_added(root: fx.Node, reads: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+    """The nodes that nothing reads but what adds their rows, and what leads to them alone."""
+    readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in reads}
+    for node, sources in reads.items():
+        for source in sources:
+            if source in readers:
+                readers[source].append(node)
+    found = set[fx.Node]()
+    for node in reversed(reads):
+        alone = all(user in found or _adds_rows_of(user, node) for user in readers[node])
+        if alone and node is not root and node.target is not aten.index_add.default:
+            found.add(node)
+    return found
+
+
+def _adds_rows_of(user: fx.Node, node: fx.Node) -> bool:
+    return user.target is aten.index_add.default and node not in user.args[:3]
+
+
+def _adds_no_rows(node: fx.Node, env: dict[Any, Any]) -> bool:
+    """Loops add rows for every expert, and most get none."""
+    if node.target is not aten.index_add.default or node.args[0] not in env:
+        return False
+    index = env.get(node.args[2])
+    return isinstance(index, Tensor) and not index.numel()
 
 
 def _cut_off(result: Any) -> Any:
@@ -297,8 +337,6 @@ def _step(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
 
     is_leaf: Callable[[Any], bool] = lambda a: isinstance(a, fx.Node)  # noqa: E731
     args, kwargs = pytree.tree_map(real, (tuple(node.args), dict(node.kwargs)), is_leaf=is_leaf)
-    if node.target is aten.index_add.default and not args[2].numel():
-        return args[0]  # loops do it for every expert, and most get no rows
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

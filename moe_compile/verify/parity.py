@@ -272,7 +272,7 @@ def _example_call(
 
 
 def _example(node: fx.Node, sizes: list[int], device: torch.device, seed: int) -> Tensor:
-    """Random numbers; a causal mask for booleans; positions or ids for integers; a mask of picks."""
+    """Random numbers; a causal mask for booleans; positions or ids for integers; or a mask."""
     fake: Tensor = node.meta["val"]
     if "ones" in node.meta:
         return example_mask(sizes, node.meta["ones"]).to(device, fake.dtype)

@@ -21,7 +21,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from moe_compile.capture.untouched import UntouchedAttribute
+from moe_compile.capture.untouched import UntouchedAttribute, is_tensor
 
 Attribute = tuple[str, str]
 """A module's name inside a unit, and the name of one of its attributes."""
@@ -234,11 +234,11 @@ def _asked_by_torch() -> bool:
 
 
 def _tensor_positions(leaves: list[Any]) -> list[int]:
-    return [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    return [i for i, leaf in enumerate(leaves) if is_tensor(leaf)]
 
 
 def _plain(leaves: list[Any]) -> list[Any]:
-    return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [None if is_tensor(leaf) else leaf for leaf in leaves]
 
 
 def _mark(boundary: Callable[..., None], call: int, tensors: list[Tensor]) -> list[Any]:

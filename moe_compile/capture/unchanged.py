@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moe_compile.capture.untouched import is_tensor
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -49,7 +51,7 @@ class Unchanged:
 def is_store(leaf: Any) -> bool:
     """Whether a value is an object with a state of its own."""
     plain = (Tensor, nn.Module, type, enum.Enum, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return hasattr(leaf, "__dict__") and not isinstance(leaf, plain) and not callable(leaf)
+    return hasattr(leaf, "__dict__") and not issubclass(type(leaf), plain) and not callable(leaf)
 
 
 def _held(module: nn.Module) -> list[Any]:
@@ -63,7 +65,7 @@ def _left(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return any(map(is_tensor, pytree.tree_leaves(value)))
 
 
 def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 Models hand flags and loss arguments (`use_cache`, `num_items_in_batch`) through every layer. A
 graph holds for any value of an argument that its code never looked at, and for calls without it;
 so it does for any value of an attribute, such as the number of a layer, but of one kind alone:
-nothing sees code that asks whether the stand-in is None, or True.
+nothing sees code that asks whether the stand-in is None, or True, or calls `type` on it.
 """
 
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from torch import Tensor
 
 KINDS = (int, float, str)
 """What stand-ins of attributes may stand for: values of these types, not of subclasses."""
@@ -62,6 +64,7 @@ class UntouchedAttribute(Untouched):
     """Stands for an attribute of the module at `path`: looking at it is a `TouchedAttribute`."""
 
     __hash__ = Untouched._touch  # type: ignore[assignment]
+    __class__ = property(Untouched._touch)  # type: ignore[assignment]
 
     def __init__(self, path: str, name: str, kind: type) -> None:
         object.__setattr__(self, "_error", TouchedAttribute(path, name))
@@ -78,3 +81,8 @@ class UntouchedStore(Untouched):
     def __init__(self, kind: type) -> None:
         super().__init__(kind.__name__)
         object.__setattr__(self, "kind", kind)
+
+
+def is_tensor(value: Any) -> bool:
+    """By its type alone: who asks a stand-in of an attribute for its class looks at it."""
+    return issubclass(type(value), Tensor)

@@ -102,9 +102,10 @@ class CallForm:
 
 
 def _value_form(value: Any) -> Any:
-    if isinstance(value, UntouchedStore):
-        return StoreForm(object.__getattribute__(value, "kind"))
-    return value if isinstance(value, Untouched) else ValueForm(value)
+    if not isinstance(value, Untouched):
+        return ValueForm(value)
+    is_store = issubclass(type(value), UntouchedStore)
+    return StoreForm(object.__getattribute__(value, "kind")) if is_store else value
 
 
 def _tensor_form(value: Tensor) -> TensorForm:
@@ -115,12 +116,12 @@ def _tensor_form(value: Tensor) -> TensorForm:
 
 def _tensors(form: Any, value: Any) -> tuple[Tensor, ...] | None:
     """The tensors of an argument in order, or None where it does not have the form."""
+    if isinstance(form, Untouched):
+        return ()
     if isinstance(form, TensorForm):
         return (value,) if form.accepts(value) else None
     if isinstance(form, (ValueForm, StoreForm)):
         return () if form.accepts(value) else None
-    if isinstance(form, Untouched):
-        return ()
     if type(value) is not type(form) or len(value) != len(form):
         return None
     found: tuple[Tensor, ...] = ()

@@ -267,7 +267,7 @@ def _example_call(
         leaves[position] = _example(node, sizes, device, seed)
     args, kwargs = pytree.tree_unflatten(leaves, call.input_spec)
     flags = {n for n, v in kwargs.items() if isinstance(v, Untouched)}
-    flags -= {n for n, v in kwargs.items() if isinstance(v, UntouchedStore)}
+    flags -= {n for n, v in kwargs.items() if issubclass(type(v), UntouchedStore)}
     return args, {n: v for n, v in kwargs.items() if n not in flags}
 
 

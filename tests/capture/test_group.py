@@ -170,15 +170,25 @@ class Windowed(nn.Module):
         self.window, self.inner = window, Keyed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.window is not None:
+        if self.has_window():
             x = x.flip(1)
         return x + self.inner(x, 0, None)
 
+    def has_window(self) -> bool:
+        return self.window is not None
+
+
+class Typed(Windowed):
+    """One whose code asks for the type of its window."""
+
+    def has_window(self) -> bool:
+        return isinstance(self.window, int)
+
 
 class Windows(nn.Module):
-    def __init__(self, *windows: int | None) -> None:
+    def __init__(self, *windows: int | None, kind: type[Windowed] = Windowed) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(map(Windowed, windows))
+        self.layers = nn.ModuleList(map(kind, windows))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -193,6 +203,13 @@ def test_nothing_stands_for_none(windows: tuple[int | None, ...]) -> None:
     others = [f"layers.{i}" for i, window in enumerate(windows) if window is not None]
     assert named == sorted([without, others])
     pair = make_pair(Windows(*windows), OptimizeConfig(verify="off"), example_inputs=(random(),))
+    check_close(run(pair.optimized, random()), run(pair.original, random()))
+
+
+def test_a_number_whose_type_is_asked_for_does() -> None:
+    model = Windows(3, 4, kind=Typed)
+    assert [found.names for found in groups(model, random())] == [["layers.0"], ["layers.1"]]
+    pair = make_pair(model, OptimizeConfig(verify="off"), example_inputs=(random(),))
     check_close(run(pair.optimized, random()), run(pair.original, random()))
 
 

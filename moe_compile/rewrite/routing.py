@@ -31,6 +31,7 @@ from moe_compile.rewrite.routing_proof import (
     is_size,
     per_row,
 )
+from moe_compile.verify.one_thread import one_thread
 
 _MOVES = {
     aten.index.Tensor,
@@ -78,6 +79,7 @@ class Routing:
     nodes: frozenset[fx.Node] = field(repr=False)
 
 
+@one_thread()
 def prove_routing(graph: fx.Graph, bodies: Bodies) -> Routing:
     """The weighted sum that a block's bodies are part of.
 

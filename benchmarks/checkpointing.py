@@ -11,6 +11,7 @@ Times are medians of a forward and backward.
 """
 
 import argparse
+import itertools
 import resource
 import statistics
 import subprocess
@@ -121,7 +122,10 @@ def main() -> None:
     if args.one:
         print("\t".join(measure(args)))
         return
-    rows = [row(mode, args, compiled) for compiled in (False, True) for mode in args.modes]
+    rows: list[tuple[str, ...]] = []
+    for compiled, mode in itertools.product((False, True), args.modes):
+        rows.append(row(mode, args, compiled))
+        print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     print(describe())
     print(f"{args.layers} layers, {args.batch} x {args.length} tokens\n")
     header = ("checkpointing", "compiled", "forward, backward", "kept", "peak", "loss")

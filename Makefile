@@ -4,6 +4,8 @@ RANKS ?= 2
 BLOCKS ?= 2000
 # The least percentage of the fuzzer's supported blocks that is proven.
 PROVEN ?= 98
+# How many processes random blocks and seeded bugs get.
+JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -19,13 +21,13 @@ long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
 mutants: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --jobs $(JOBS)
 
 families: fuzz
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m matrix
 
 fuzz: $(READY)
-	$(BIN)/moe-compile fuzz --blocks $(BLOCKS) --jobs 2 --share $(PROVEN)
+	$(BIN)/moe-compile fuzz --blocks $(BLOCKS) --jobs $(JOBS) --share $(PROVEN)
 
 check: $(READY)
 	$(BIN)/ruff check

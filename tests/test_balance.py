@@ -74,6 +74,7 @@ def test_counts_are_those_of_the_picks(mode: Any) -> None:
     balance.step()
     metrics = balance.metrics()
     assert (metrics["router/imbalance"], metrics["router/dead_experts"]) == (1.0, 16.0)
+    assert {(type(name), type(value)) for name, value in metrics.items()} == {(str, float)}
 
 
 def test_compiled_layers_count_without_a_graph_break() -> None:

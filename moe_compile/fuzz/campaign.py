@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_compile.fuzz.judge import FAILURES, OUTCOMES, Verdict, judge_seed
+from moe_compile.fuzz.judge import FAILURES, OUTCOMES, Outcome, Verdict, judge_seed
 from moe_compile.fuzz.source import source
 from moe_compile.fuzz.spec import unsupported
 
@@ -35,10 +35,12 @@ class Tally:
     """The verdicts of a campaign."""
 
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    _counts: Counter[Outcome] = field(default_factory=Counter[Outcome])
 
     def add(self, verdict: Verdict) -> None:
         """Counts one more."""
         self.verdicts.append(verdict)
+        self._counts[verdict.outcome] += 1
 
     @property
     def failures(self) -> list[Verdict]:
@@ -53,9 +55,8 @@ class Tally:
         return 100.0 * len(proven) / len(supported) if supported else 100.0
 
     def line(self) -> str:
-        """The counts, on one line."""
-        counts = Counter(v.outcome for v in self.verdicts)
-        return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+        """The counts, on one line; after every block, so nothing is counted again."""
+        return ", ".join(f"{self._counts[outcome]} {outcome}" for outcome in OUTCOMES)
 
     def table(self) -> str:
         """Counts by outcome, shares, seconds and the reasons of refusals."""

@@ -15,6 +15,7 @@ def test_shares_are_of_supported_blocks() -> None:
     counted.add(Verdict(look_alike, "refused", "no", 0.5))
     assert counted.proven_share == 75.0
     assert counted.failures == []
+    assert counted.line() == "3 proven, 2 refused, 0 wrong, 0 silent, 0 crashed"
     assert Tally().proven_share == 100.0
 
 

@@ -69,15 +69,21 @@ def check_rank(full: Any, rank: int, ranks: int) -> None:
     assert tuple(back.shape) == (tokens, width)
 
 
-def every_size() -> None:
+def each(places: list[tuple[int, int]]) -> None:
     dist.destroy_process_group()
     full = small(num_local_experts=EXPERTS)
-    for ranks in (8, 64):
-        rank = ranks // 2 + 1
+    for rank, ranks in places:
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         check_rank(full, rank, ranks)
         dist.destroy_process_group()
 
 
-def test_one_of_many_ranks() -> None:
-    on_ranks(1, every_size)
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(5, 8), (33, 64)],
+        pytest.param([(0, 8), (15, 16), (16, 32), (0, 64), (63, 64)], marks=pytest.mark.matrix),
+    ],
+)
+def test_one_of_many_ranks(places: list[tuple[int, int]]) -> None:
+    on_ranks(1, each, places)

@@ -167,9 +167,25 @@ def chunks() -> None:
     plain = overlapped(model).model.layers[0].mlp.experts
     for tokens in (0, 1, 2, 5 * rank):
         check_chunks(alone(experts, tokens), alone(plain, tokens))
+    check_turns(made)
     with no_graph_breaks():
         compiled = overlapped(model, ChunkTokens(3), compile=COMPILED.compile)
         check_chunks(run(compiled)[0], want)
+        check_turns(compiled)
+
+
+def check_turns(model: Any) -> None:
+    """While the experts of a chunk compute, another chunk travels, forward and backward."""
+    there, arrived, back = "start_dispatch", "wait_dispatch", "start_combine"
+    forward = [there, there, arrived, back, there, arrived, back, arrived, back]
+    with Order() as order:
+        step(model, **call_of(dist.get_rank()))
+    assert order.names[:12] == [*forward, *["wait_combine"] * 3], order.names
+    on_the_way, beside = 0, list[int]()  # in the backward, when gradients of experts are computed
+    for name in order.names[12:]:
+        beside += [on_the_way] if name == back else []
+        on_the_way += 1 if name.startswith("start") else -1
+    assert (beside, on_the_way) == ([2, 2, 1], 0), order.names
 
 
 def alone(experts: nn.Module, tokens: int) -> Values:

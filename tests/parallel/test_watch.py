@@ -1,5 +1,6 @@
 """A job ends soon after one of its ranks, and says which it was and where."""
 
+import contextlib
 import copy
 import json
 import os
@@ -14,10 +15,13 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+import moe_compile
+from moe_compile import OptimizeConfig
 from moe_compile.parallel import watch
 from tests.families import build
-from tests.pairs import inputs, step
+from tests.pairs import COMPILED, inputs, step
 from tests.parallel.failing_job import TIMEOUT
+from tests.parallel.models import EXPERTS_ONLY, no_graph_breaks
 
 ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.1"
@@ -30,11 +34,12 @@ SAID = {
 
 def run_job(way: str, place: str, folder: Path) -> None:
     folder.mkdir()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*job, "tests/parallel/failing_job.py", way, place, str(folder)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -45,8 +50,20 @@ def run_job(way: str, place: str, folder: Path) -> None:
     assert ended.returncode != 0
     assert SAID[way].format(place=place) in ended.stderr, ended.stderr
     assert seconds < 5 * slowness() + (TIMEOUT if way == "hang" else 0), ended.stderr
-    for note in folder.glob("pid-*"):
-        assert not Path("/proc", note.read_text()).exists()
+    ranks = {note.read_text() for note in folder.glob("pid-*")}
+    assert len(ranks) == 2
+    assert running(ranks) == []
+
+
+def running(ranks: set[str]) -> list[str]:
+    """What is left of ranks and of what they started: torchrun gives each rank a session."""
+    found: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            line = (process / "stat").read_text()
+            state, _, _, session = line.rpartition(")")[2].split()[:4]
+            found += [line] if state != "Z" and session in ranks else []
+    return found
 
 
 def slowness() -> float:
@@ -99,6 +116,22 @@ def test_hooks_change_nothing_and_can_be_copied(monkeypatch: pytest.MonkeyPatch)
     entered.clear()
     assert torch.equal(compiled(**inputs()).loss, expected["loss"])
     assert entered == []
+
+
+def test_compiled_layers_are_noted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    class Note:
+        def enter(self, place: str) -> None:
+            entered.append(place)
+
+    monkeypatch.setattr(watch, "_note_of_this_process", Note)
+    config = OptimizeConfig(compile=COMPILED.compile, verify="off", autocast=False)
+    model = moe_compile.optimize(build("mixtral"), config=config, passes=EXPERTS_ONLY)
+    watch.watch(model, [LAYER])
+    with no_graph_breaks():
+        step(model, **inputs())
+    assert entered == [f"the forward of {LAYER}", f"the backward of {LAYER}"]
 
 
 def test_what_a_rank_says(tmp_path: Path) -> None:

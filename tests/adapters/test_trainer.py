@@ -64,6 +64,7 @@ WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]
     "trainer": (trainer_of, OnRanks, model_of),
     "lora": (trainer_of, OnRanks, lora_model),
     "trl": (trl_trainer_of, TrlOnRanks, model_of),
+    "trl_lora": (trl_trainer_of, TrlOnRanks, lora_model),
 }
 
 
@@ -123,7 +124,7 @@ def check_alone(folder: Path, way: str, ranks: list[tuple[Logs, float]]) -> None
     evaluated = start(make(), folder, **BEST | BEST_ALONE)
     evaluated.train()
     # When it evaluates, TRL weighs ranks that have unequal numbers of tokens as with DDP.
-    error = 2e-3 if way == "trl" else 1e-4
+    error = 2e-3 if start is trl_trainer_of else 1e-4
     for logs, best in ranks:
         check_near(logs, wanted)
         assert best == pytest.approx(evaluated.state.best_metric, rel=error)

@@ -18,7 +18,8 @@ from tests.families import build
 from tests.pairs import COMPILED, check_close, inputs, make_pair, step
 
 ROUTING = ("aten::topk", "moe_compile::group_picks")
-PRODUCTS = ("moe_compile::grouped_mm", "aten::mm", "aten::bmm")
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = ("moe_compile::grouped_mm", "aten::mm", "aten::bmm", ATTENTION)
 ASSERT = torch.ops.aten._assert_scalar.default
 CHEAP = ("aten::rsqrt", "aten::silu")
 
@@ -63,6 +64,7 @@ def test_gradients_are_the_same_bits_and_routing_runs_once(family: str, compile:
         same_bits(values, want)
         assert all(calls[op] == once[op] > 0 for op in ROUTING)
         again = {op for op in PRODUCTS if calls[op] > once[op]}
+        assert (once[ATTENTION] > 0) == (family == "qwen3_moe")  # the other has wide keys
         assert again >= {"moe_compile::grouped_mm", "aten::mm"} if mode == "full" else not again
         if compile is False:
             assert all(calls[op] >= once[op] + 2 for op in CHEAP)

@@ -1,35 +1,19 @@
 """Finds products with experts' weights, however rows get to them: the report leaves none out.
 
-Rows may be picked by a top-k, a sort, a threshold, or by the experts; none of that is looked at. A
-weight is an expert's where parameters hold several of a kind, and there is a choice between them:
-data picks the rows or each row's weights, or as many scores take part in rows or results.
+A weight is an expert's where parameters hold several of a kind, and tokens choose between them.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from moe_compile.capture.boundary import enter, exit
 from moe_compile.kernels.grouped_mm import grouped_mm
+from moe_compile.rewrite.chosen_experts import PRODUCTS, are_chosen
 from moe_compile.rewrite.expert_weights import numbered_parameters
 from moe_compile.rewrite.normal_form import aten, value
-from moe_compile.rewrite.routing import depending_on
-
-_GROUPED = grouped_mm._opoverload
-_PRODUCTS = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.mv.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.einsum.default,
-    _GROUPED,
-}
-_MIXES = {*_PRODUCTS, aten.scaled_dot_product_attention.default}
 
 _Kinds = frozenset[tuple[str, int]]
 """Stacks, and rows of modules such as `experts.#`, with how many each holds."""
@@ -43,15 +27,19 @@ def expert_products(graph: fx.Graph) -> dict[str, fx.Node]:
     """
     kinds = _kinds(graph)
     products = [(n, weight) for n in graph.nodes for weight in _weights(n, kinds)]
-    found: dict[str, fx.Node] = {}
+    stacks: dict[tuple[str, int], list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
     for node, weight in products:
-        for name, count in kinds[weight]:
-            if (holder := name.rpartition(".")[0]) in found:
-                continue
-            others = [n for n, w in products if name not in dict(kinds[w])]
-            scores = (other for other in others if count in value(other).shape)
-            if _is_routed(node, weight) or any(_meets(score, node) for score in scores):
-                found[holder] = node
+        for kind in sorted(kinds[weight]):
+            stacks[kind].append((node, weight))
+    nodes, computed = [n for n, _ in products], [n for n in graph.nodes if n not in kinds]
+    found: dict[str, fx.Node] = {}
+    for (name, count), uses in stacks.items():
+        members, holder = [node for node, _ in uses], name.rpartition(".")[0]
+        if holder not in found and (
+            any(_is_routed(node, weight) for node, weight in uses)
+            or are_chosen(members, count, nodes, computed)
+        ):
+            found[holder] = members[0]
     return found
 
 
@@ -87,30 +75,16 @@ def _several(node: fx.Node) -> _Kinds:
 
 def _weights(node: fx.Node, kinds: dict[fx.Node, _Kinds]) -> Iterator[fx.Node]:
     """The operands of a product that are made of parameters, where the others are not."""
-    multiplies = node.target in _PRODUCTS and "made_by" not in node.meta
+    multiplies = node.target in PRODUCTS and "made_by" not in node.meta
     if node not in kinds and (multiplies or node.meta.get("kind") == "mlp"):
         yield from (operand for operand in node.all_input_nodes if operand in kinds)
 
 
-def _meets(scores: fx.Node, product: fx.Node) -> bool:
-    """Whether scores take part in what a product gets or gives, before other products do."""
-    results = depending_on([product])
-    todo, seen = list(scores.users), set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen or node.op != "call_function" or node.target in (enter, exit):
-            continue
-        seen.add(node)
-        if node in results:
-            return True
-        if node.target not in _MIXES and "op" not in node.meta:
-            todo += node.users
-    return False
-
-
 def _is_routed(node: fx.Node, weight: fx.Node) -> bool:
     """Whether data picks the rows, or each row's weights."""
-    if node.target is _GROUPED or not all(isinstance(size, int) for size in value(weight).shape):
+    if node.target is grouped_mm._opoverload or not all(
+        isinstance(size, int) for size in value(weight).shape
+    ):
         return True
     return any(free_unbacked_symbols(size) for size in value(node).shape)
 

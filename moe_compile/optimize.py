@@ -277,7 +277,9 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
         for line in graph_lines(unit.graph, work.device, unit.ep and unit.ep.group)
     ]
     options = _without_addresses(repr(config))
-    return [options, str(work.layout), *map(str, _summary(work).sites), *state, *graphs]
+    # What was timed decides nothing any more, and each rank has its own words for what failed.
+    sites = [str(replace(site, timings=())) for site in _summary(work).sites]
+    return [options, str(work.layout), *sites, *state, *graphs]
 
 
 def graph_lines(graph: fx.Graph, device: torch.device, group: str | None = None) -> list[str]:

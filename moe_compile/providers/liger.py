@@ -3,6 +3,7 @@
 Its rotary kernel turns queries and keys at once, in place: the canonical op has one tensor.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ class LigerProvider:
         return _IMPLEMENTATIONS[op]
 
 
+@functools.cache  # what failed halfway may fail in other words, or not, the next time
 def _import_problem() -> str | None:
     try:
         library("rms_norm")

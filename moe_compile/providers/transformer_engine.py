@@ -4,6 +4,7 @@ Its attention is cuDNN's, which torch's has too; its grouped products are severa
 torch's for many experts, and its other modules break a layer's graph.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ def _problem(
     return None
 
 
+@functools.cache  # what failed halfway may fail in other words, or not, the next time
 def _import_problem() -> str | None:
     try:
         library()

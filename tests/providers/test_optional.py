@@ -1,6 +1,7 @@
 """Packages that may be missing: what is refused, and how a report tells of it."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from moe_compile.kernels import liger, transformer_engine
 from moe_compile.ops import experts, gated_mlp, rms_norm
 from moe_compile.passes import RaiseMLPs
 from moe_compile.providers import Call
+from moe_compile.providers import liger as liger_provider
+from moe_compile.providers import transformer_engine as te_provider
 from moe_compile.providers.liger import LigerProvider
 from moe_compile.providers.provider import Lacks, Provider
 from moe_compile.providers.registry import takers
@@ -22,6 +25,15 @@ from tests.patterns.idioms import mlp_unit
 
 BF16 = torch.bfloat16
 LIGER, TE = LigerProvider(), TransformerEngineProvider()
+
+
+@pytest.fixture(autouse=True)
+def _imported_anew() -> Iterator[None]:
+    for module in (liger_provider, te_provider):
+        module._import_problem.cache_clear()
+    yield
+    for module in (liger_provider, te_provider):
+        module._import_problem.cache_clear()
 
 
 @pytest.fixture
@@ -94,6 +106,8 @@ def test_a_missing_package_is_a_reason(
     assert reason.startswith(f"it needs the package {package}, whose import fails: ")
     _, left_out = takers(rms_norm, norm(X, W))
     assert left_out[provider.name] == reason
+    monkeypatch.undo()  # whatever a second import would say
+    assert problem(provider, norm(X, W)) == reason
     choice = Choice("rms_norm", "torch", left_out=left_out)
     report = Report((Site("a", 1, "rms_norm", "b", "rewritten", timings=(choice,)),), (), 0)
     assert f"No candidate for rms_norm is {provider.name}: {reason}." in str(report).splitlines()

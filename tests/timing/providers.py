@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from moe_compile.ops import CanonicalOp, rms_norm
+from moe_compile.ops import CanonicalOp, experts, rms_norm
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
@@ -44,6 +45,15 @@ class Broken(Sleeper):
             raise RuntimeError("no kernel image\nfor this device")
 
         return run
+
+
+class Wordy(Sleeper):
+    """Refuses experts, on every rank in its own words."""
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        return (
+            Refuse(f"it cannot be loaded: rank {dist.get_rank()}") if op is experts else Lacks("")
+        )
 
 
 SLOW, FAST = 0.02, 0.0

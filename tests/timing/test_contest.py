@@ -25,7 +25,7 @@ from moe_compile.timing.race import Race
 from tests.families import build
 from tests.pairs import inputs, step
 from tests.ranks import on_ranks
-from tests.timing.providers import FAST, SLOW, Broken, Sleeper
+from tests.timing.providers import FAST, SLOW, Broken, Sleeper, Wordy
 
 CPU = torch.device("cpu")
 CALL = Call((torch.ones(2, 8), torch.ones(8), 1e-6))
@@ -281,8 +281,12 @@ def spread(folder: str) -> list[tuple[str | None, str]]:
     os.environ["MOE_COMPILE_CACHE"] = folder
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     config = OptimizeConfig(measure=True, autocast=False, providers={"rms_norm": "torch"})
-    model = moe_compile.optimize(build("mixtral"), mesh, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "PROVIDERS", (*registry.PROVIDERS, Wordy("wordy", FAST)))
+        model = moe_compile.optimize(build("mixtral"), mesh, config)
     sites = [site for site in moe_compile.report(model).sites if site.kind == "experts"]
+    own_words = f"it cannot be loaded: rank {dist.get_rank()}"
+    assert all(choice.left_out["wordy"] == own_words for s in sites for choice in s.timings)
     loss = model(**inputs()).loss
     loss.backward()
     return [(site.provider, choice.call) for site in sites for choice in site.timings]

@@ -260,6 +260,8 @@ def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> N
     """Runs the passes on one unit, recording what each did; `check` verifies the facts."""
     for step in pipeline:
         start, before = time.perf_counter(), len(unit.graph.nodes)
+        if not step.exact and unit.raised is None:
+            unit.raised = copy_graph(unit.graph)
         changed = step.run(unit)
         seconds = time.perf_counter() - start
         after = len(unit.graph.nodes)

@@ -127,8 +127,8 @@ class Report:
     `schedules` are what modules do while their tokens travel, or why they do nothing, by the
     module's name in the first layer of its group; part of `mesh` too, and empty without a pass that
     overlaps.
-    `not_quantized` are the products that keep their dtype beside others that a pass quantised, by module,
-    with the reason.
+    `not_quantized` are the products that keep their dtype beside others that a pass quantised, by
+    module, with the reason.
     """
 
     sites: tuple[Site, ...]
@@ -194,13 +194,11 @@ def _numerics_lines(sites: tuple[Site, ...]) -> list[str]:
         own = [site for site in sites if site.numerics == name]
         errors = [site.error for site in own if site.error is not None]
         found = f"by up to {max(errors):.1e} where that was measured" if errors else "not measured"
-        count = (
-            f"{len(own)} of these sites compute" if len(own) > 1 else "One of these sites computes"
-        )
+        count = f"{len(own)} of these sites" if len(own) > 1 else "one of these sites"
         allowed = max(site.tolerance for site in own)
         lines.append(
-            f"NOT EXACT: {count} in {name}. Their outputs and gradients on small tensors differ "
-            f"from exact ones in L2 norm, {found}; verification allows {allowed:.1e}."
+            f"NOT EXACT: {name} in {count}. Outputs and gradients on small tensors differ from "
+            f"exact ones in L2 norm, {found}; verification allows {allowed:.1e}."
         )
     return lines
 

@@ -125,11 +125,7 @@ def _quantize_linear(node: fx.Node, recipe: Recipe, autocast: Any) -> None:
     given = dict(zip(("x", "weight", "bias"), node.args, strict=False)) | {"recipe": recipe}
     _check(ops.fp8_linear, given, autocast)
     node.target, node.args, node.kwargs = ops.fp8_linear, tuple(node.args), {"recipe": recipe}
-    node.meta |= {
-        "kind": "linear",
-        "made_by": (QuantizeToFP8.name, "linear"),
-        "crosses": frozenset(),
-    }
+    node.meta |= {"kind": "linear", "made_by": (QuantizeToFP8.name, "linear")}
     _sign(node, recipe)
 
 

@@ -51,7 +51,11 @@ def te_fp8_linear(x: Tensor, weight: Tensor, recipe: str) -> Tensor:
     out = gemm(
         _quantized(weight, recipe, weight=True), rows, layout="TN", use_split_accumulator=exact
     )
-    return out[: x.shape[0]].clone() if out.shape[0] > x.shape[0] else out
+    return _first(out, x.shape[0])
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows[:count].clone() if rows.shape[0] > count else rows
 
 
 @torch.library.custom_op("moe_compile::te_fp8_linear_backward", mutates_args=())
@@ -64,7 +68,7 @@ def te_fp8_linear_backward(
     grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
     if wants_x:
         matrix = _quantized(weight, recipe, weight=True)
-        grad_x = gemm(matrix, rows, layout="NN", **options)[: x.shape[0]].clone()
+        grad_x = _first(gemm(matrix, rows, layout="NN", **options), x.shape[0])
     if wants_weight:
         inputs = _quantized(_whole(x, recipe), recipe)
         grad_weight = gemm(inputs, rows, layout="NT", **options)

@@ -60,6 +60,8 @@ def quantize(x: Tensor, dtype: torch.dtype, block: Block) -> tuple[Tensor, Tenso
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """What the numbers stand for, in float32."""
+    if not q.numel():
+        return q.float()
     rows, columns = (q.shape[dim] // scale.shape[dim] for dim in (-2, -1))
     return q.float() * scale.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
@@ -69,6 +71,12 @@ def rounded(x: Tensor, dtype: torch.dtype, block: Block) -> Tensor:
     return dequantize(*quantize(x, dtype, block))
 
 
+def _in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; never under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 class _Product(torch.autograd.Function):
     """x [T, K] @ weight[N, K].T of rounded numbers; so are the products of the backward."""
 
@@ -76,8 +84,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scaling: Scaling) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.scaling = scaling
-        product = rounded(x, E4M3, scaling.rows) @ rounded(weight, E4M3, scaling.weight).mT
-        return product.to(x.dtype)
+        operands = rounded(x, E4M3, scaling.rows), rounded(weight, E4M3, scaling.weight).mT
+        return _in_float32(*operands).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -96,7 +104,7 @@ class _RowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return (rounded(x, E4M3, ROW) @ rounded(weight, E4M3, ROW).mT).to(x.dtype)
+        return _in_float32(rounded(x, E4M3, ROW), rounded(weight, E4M3, ROW).mT).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

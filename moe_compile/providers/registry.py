@@ -42,10 +42,8 @@ def refusals_of(op: CanonicalOp[..., Any], call: Call) -> list[str] | None:
     refusals = [provider.supports(op, call) for provider in PROVIDERS]
     if None in refusals:
         return None
-    reasons = [r for r in refusals if r is not None and not isinstance(r, Lacks)]
-    return list(dict.fromkeys(r.reason for r in reasons)) or [
-        f"no provider has {op.name} on this device"
-    ]
+    reasons = [r.reason for r in refusals if r is not None and not isinstance(r, Lacks)]
+    return list(dict.fromkeys(reasons)) or [f"no provider has {op.name} on this device"]
 
 
 def choose(

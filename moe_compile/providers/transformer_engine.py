@@ -1,4 +1,4 @@
-"""RMSNorm and FP8 linears by TransformerEngine, where the package `transformer_engine` is installed.
+"""RMSNorm and FP8 linears by TransformerEngine, where `transformer_engine` is installed.
 
 Its attention is cuDNN's, which torch's has too; its grouped products are several times slower than
 torch's for many experts, and its other modules break a layer's graph.

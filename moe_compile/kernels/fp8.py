@@ -50,7 +50,9 @@ def fp8_mm(
     if scale_a.numel() > 1 or scale_b.numel() > 1:
         return _blockwise_mm(a, b, scale_a, scale_b, dtype)
     a, b = (_padded(t, columns=-t.shape[1] % 16).contiguous() for t in (a, b))
-    return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
+    return torch.ops.aten._scaled_mm(
+        a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast
+    )
 
 
 @fp8_mm.register_fake
@@ -122,7 +124,9 @@ def fp8_grouped_mm(
         return a.new_empty(0, b.shape[1], dtype=dtype)
     scales = scale_a.flatten().contiguous(), scale_b.squeeze(-1).contiguous()
     pair = a.contiguous(), b.contiguous().mT
-    return torch._scaled_grouped_mm(*pair, *scales, offs, out_dtype=dtype, use_fast_accum=fast)
+    return torch.ops.aten._scaled_grouped_mm(
+        *pair, *scales, offs, out_dtype=dtype, use_fast_accum=fast
+    )
 
 
 @fp8_grouped_mm.register_fake

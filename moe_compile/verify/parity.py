@@ -168,8 +168,10 @@ class Verifier:
             return _Errors(eps, _errors(same, own, _scales(own)), {}, {})
         wide = _in_float64(captured, owner, tensors, used)
         scales = _scales(wide)
-        errors = [_errors(*each, scales) for each in ((same, own), (new, wide), (own, wide))]
-        return _Errors(eps, *errors, _tolerance(graph, call))
+        capture, rewrite, rounding = (
+            _errors(*each, scales) for each in ((same, own), (new, wide), (own, wide))
+        )
+        return _Errors(eps, capture, rewrite, rounding, _tolerance(graph, call))
 
     def _prove(self, graph: UnitGraph, call: int, variant: Variant) -> None:
         assert graph.raised is not None

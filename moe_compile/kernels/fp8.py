@@ -14,7 +14,7 @@ from torch.nn.functional import ScalingType
 from moe_compile.kernels.grouped_mm import grouped_mm, grouped_mm_weight_grad
 from moe_compile.ops.fp8 import (
     E4M3,
-    ROW,
+    EXPERT_SCALINGS,
     SCALINGS,
     Block,
     Recipe,
@@ -101,18 +101,16 @@ def fp8_grouped_mm(
     scale_b: Tensor,
     offs: Tensor,
     dtype: torch.dtype,
-    fast: bool,
 ) -> Tensor:
-    """Each group of a's rows @ its matrix, transposed; with a scale for every row.
+    """Each group of a's rows @ its matrix, transposed; with scales for rows or for blocks of 128.
 
     Args:
         a: [R, K], e4m3.
         b: [E, N, K], e4m3.
-        scale_a: [R, 1] float32.
-        scale_b: [E, N, 1] float32.
+        scale_a: [R, 1] or [R, K / 128] float32.
+        scale_b: [E, N, 1] or [E, N / 128, K / 128] float32.
         offs: [E] int32, the end of each group; not decreasing, at most R.
         dtype: the result's; on CUDA bfloat16.
-        fast: as in `fp8_mm`.
 
     Returns:
         [R, N]; rows beyond offs[-1] hold anything. Never waits for the device.
@@ -122,10 +120,14 @@ def fp8_grouped_mm(
         return grouped_mm(*wide, offs, True).to(dtype)
     if a.shape[0] == 0:
         return a.new_empty(0, b.shape[1], dtype=dtype)
+    if scale_b.shape[1] != b.shape[1]:
+        from moe_compile.kernels.fp8_kernels import multiply
+
+        return multiply(a, b, scale_a, scale_b, offs, dtype)
     scales = scale_a.flatten().contiguous(), scale_b.squeeze(-1).contiguous()
     pair = a.contiguous(), b.contiguous().mT
     return torch.ops.aten._scaled_grouped_mm(
-        *pair, *scales, offs, out_dtype=dtype, use_fast_accum=fast
+        *pair, *scales, offs, out_dtype=dtype, use_fast_accum=True
     )
 
 
@@ -137,7 +139,6 @@ def _(
     scale_b: Tensor,
     offs: Tensor,
     dtype: torch.dtype,
-    fast: bool,
 ) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
@@ -200,36 +201,44 @@ class _GroupedLinear(torch.autograd.Function):
     """Each group of x's rows times its matrix; the gradient of the matrices is exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, offs: Tensor, transposed: bool, scaling: Scaling
+    ) -> Tensor:
         ctx.save_for_backward(x, w, offs)
-        ctx.transposed = transposed
-        return _grouped(x, w if transposed else w.mT, offs, True)
+        ctx.transposed, ctx.scaling = transposed, scaling
+        return _grouped(x, w if transposed else w.mT, offs, scaling, E4M3)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, w, offs = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grouped(grad, w.mT if ctx.transposed else w, offs, False)
+            matrices = w.mT if ctx.transposed else w
+            grad_x = _grouped(grad, matrices, offs, ctx.scaling, ctx.scaling.grad)
         if ctx.needs_input_grad[1]:
             pair = (grad, x) if ctx.transposed else (x, grad)
             grad_w = grouped_mm_weight_grad(*pair, offs)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None
 
 
-def _grouped(rows: Tensor, matrices: Tensor, offs: Tensor, fast: bool) -> Tensor:
-    """rows [R, K] times matrices[E, N, K], transposed."""
-    (a, scale_a), (b, scale_b) = quantize(rows, E4M3, ROW), quantize(matrices, E4M3, ROW)
-    return fp8_grouped_mm(a, b.contiguous(), scale_a, scale_b, offs, rows.dtype, fast)
+def _grouped(
+    rows: Tensor, matrices: Tensor, offs: Tensor, scaling: Scaling, dtype: torch.dtype
+) -> Tensor:
+    """rows [R, K], in `dtype`, times matrices[E, N, K], transposed."""
+    a, scale_a = quantize(rows, dtype, scaling.rows)
+    b, scale_b = quantize(matrices, E4M3, scaling.weight)
+    return fp8_grouped_mm(a, b.contiguous(), scale_a, scale_b, offs, rows.dtype)
 
 
-def fp8_grouped_linear(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False) -> Tensor:
+def fp8_grouped_linear(
+    x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False, *, recipe: Recipe
+) -> Tensor:
     """`grouped_linear` of e4m3 numbers: see `ops.experts`.
 
     Rows beyond offs[-1] hold anything, and so do those of x's gradient.
     """
-    return _GroupedLinear.apply(x, w, offs, transposed)
+    return _GroupedLinear.apply(x, w, offs, transposed, EXPERT_SCALINGS[recipe])
 
 
 def linear_problem(dtype: torch.dtype, weight: Tensor, recipe: Recipe) -> str | None:
@@ -251,15 +260,19 @@ def _has_blocks(device: torch.device) -> bool:
 
 def experts_problem(up: Tensor, down: Tensor, recipe: Recipe) -> str | None:
     """Why `fp8_grouped_linear` does not take experts' weights, or None."""
-    if recipe != "current":
-        return "torch's grouped FP8 products have a scale for each row, not for blocks"
+    multiple = EXPERT_SCALINGS[recipe].multiple()
     for weight in (up, down):
-        if weight.shape[1] % 16 or weight.shape[2] % 16:
-            return _sizes_problem(16, weight)
+        if weight.shape[1] % multiple or weight.shape[2] % multiple:
+            return _sizes_problem(multiple, weight)
         if weight.is_cuda and weight.dtype != torch.bfloat16:
             return f"torch's FP8 products take bfloat16: got {weight.dtype}"
-    capable = not up.is_cuda or torch.cuda.get_device_capability(up.device) in ((9, 0), (10, 0))
-    return None if capable else "torch's grouped FP8 products take compute capability 9.0 or 10.0"
+    if recipe == "current" and up.is_cuda and not _has_groups(up.device):
+        return "torch's grouped FP8 products take compute capability 9.0 or 10.0"
+    return None
+
+
+def _has_groups(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
 def _sizes_problem(multiple: int, weight: Tensor) -> str:

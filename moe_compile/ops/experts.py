@@ -50,8 +50,9 @@ def experts(
         transposed: How up and down are stored.
         weigh_input: Weigh the expert's input, not its result (Llama 4).
         places: [P, 0], from `dispatch`: no more than P of the ids are other than -1.
-        recipe: None, or `"current"`: both products, and those of the backward that give gradients
-            of rows, are of e4m3 numbers, with a scale for each row of an operand. Not exact.
+        recipe: unless it is None, both products, and those of the backward that give gradients of
+            rows, are of e4m3 numbers, with scales for each row of an operand (`"current"`), or as
+            `fp8_linear` has them (`"blockwise"`). Not exact.
 
     Returns:
         [T, Hout] in x's dtype. An expert that no token picked has gradients of zero.
@@ -89,7 +90,7 @@ def normed(rows: Tensor, norm: Callable[..., Tensor] | None, weight: Tensor | No
 
 
 def _product(rows: Tensor, matrix: Tensor, recipe: fp8.Recipe | None) -> Tensor:
-    return rows @ matrix if recipe is None else fp8.row_product(rows, matrix.mT)
+    return rows @ matrix if recipe is None else fp8.expert_product(rows, matrix.mT, recipe)
 
 
 def _of_expert(norm_weight: Tensor | None, expert: int) -> Tensor | None:

@@ -28,7 +28,7 @@ class Scaling:
 
     Attributes:
         rows: what shares a scale in tokens and their gradients, whose columns are multiplied.
-        weight: the same in the weight; square, so that its transpose has the same numbers.
+        weight: the same in the weight, and in its transpose.
         grad: the format of gradients; everything else is e4m3.
     """
 
@@ -45,6 +45,13 @@ SCALINGS: dict[Recipe, Scaling] = {
     "current": Scaling((None, None), (None, None), E5M2),
     "blockwise": Scaling((1, 128), (128, 128), E4M3),
 }
+"""Of linear layers."""
+
+EXPERT_SCALINGS: dict[Recipe, Scaling] = {
+    "current": Scaling(ROW, ROW, E4M3),
+    "blockwise": SCALINGS["blockwise"],
+}
+"""Of experts. Scales of whole tensors would be those of rows that are no tokens."""
 
 
 def quantize(x: Tensor, dtype: torch.dtype, block: Block) -> tuple[Tensor, Tensor]:
@@ -98,19 +105,22 @@ class _Product(torch.autograd.Function):
         return grad_x.to(x.dtype), (grad @ inputs.mT).to(weight.dtype), None
 
 
-class _RowProduct(torch.autograd.Function):
-    """The same with a scale for each row of an operand, and a weight's gradient that is exact."""
+class _ExpertProduct(torch.autograd.Function):
+    """The same, but for the weight's gradient, which is exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scaling: Scaling) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _in_float32(rounded(x, E4M3, ROW), rounded(weight, E4M3, ROW).mT).to(x.dtype)
+        ctx.scaling = scaling
+        operands = rounded(x, E4M3, scaling.rows), rounded(weight, E4M3, scaling.weight).mT
+        return _in_float32(*operands).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        grad_x = rounded(grads[0], E4M3, ROW) @ rounded(weight.mT, E4M3, ROW).mT
-        return grad_x.to(x.dtype), grads[0].mT @ x
+        rows, dtype = ctx.scaling.rows, ctx.scaling.grad
+        grad_x = rounded(grads[0], dtype, rows) @ rounded(weight.mT, E4M3, ctx.scaling.weight).mT
+        return grad_x.to(x.dtype), grads[0].mT @ x, None
 
 
 def product(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
@@ -120,9 +130,9 @@ def product(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     return _Product.apply(x, weight, SCALINGS[recipe])
 
 
-def row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, as experts compute it by the recipe `"current"`."""
-    return _RowProduct.apply(x, weight)
+def expert_product(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """The same, as experts compute it."""
+    return _ExpertProduct.apply(x, weight, EXPERT_SCALINGS[recipe])
 
 
 def in_autocast(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _experts(
 ) -> Tensor:
     """The products are `grouped_mm` here too; rows are sorted, gathered and summed by torch."""
     num_experts, picks = up.shape[0], ids.shape[1]
-    linear = grouped_linear if recipe is None else fp8_grouped_linear
+    linear = grouped_linear if recipe is None else partial(fp8_grouped_linear, recipe=recipe)
     # -1, a pick that lives elsewhere, becomes E, which sorts last; those rows may hold anything.
     expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
     bounds = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)

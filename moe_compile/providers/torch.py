@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ def _experts(
     places: Tensor | None = None,
     recipe: fp8.Recipe | None = None,
 ) -> Tensor:
-    linear = grouped_linear if recipe is None else fp8_grouped_linear
+    linear = grouped_linear if recipe is None else partial(fp8_grouped_linear, recipe=recipe)
     num_experts, picks = up.shape[0], ids.shape[1]
     num_rows = None if places is None else places.shape[0]
     grouped = order, _, offs = group_picks(ids, num_experts, num_rows)

@@ -19,7 +19,7 @@ from moe_compile.kernels.fp8 import (
     fp8_mm,
     linear_problem,
 )
-from moe_compile.ops.fp8 import E4M3, E5M2, RECIPES, ROW, Recipe, quantize, row_product
+from moe_compile.ops.fp8 import E4M3, E5M2, RECIPES, ROW, Recipe, expert_product, quantize
 from moe_compile.providers import formula
 from moe_compile.providers import torch as torch_provider
 from tests.kernels import fp8_emulator
@@ -116,30 +116,33 @@ def grouped(
     return rows, normal(len(counts), *sizes[::-1], device=device, seed=1), offs
 
 
-def loop(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    """The product of each group by `row_product`."""
+def loop(x: Tensor, w: Tensor, offs: Tensor, recipe: Recipe) -> Tensor:
+    """The product of each group by `expert_product`."""
     ends = [0, *offs.tolist()]
     rows = itertools.starmap(slice, itertools.pairwise(ends))
-    return torch.cat([row_product(x[own], matrix) for own, matrix in zip(rows, w, strict=True)])
+    pairs = zip(rows, w, strict=True)
+    return torch.cat([expert_product(x[own], matrix, recipe) for own, matrix in pairs])
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("view", [False, True])
-@pytest.mark.parametrize("counts", [[30, 0, 50, 1], [0, 0, 0, 77], [16, 16, 16, 16]])
-def test_grouped_linear(counts: list[int], view: bool, device: str) -> None:
-    x, w, offs = grouped(device, counts, 0, (64, 48))
-    fn = fp8_grouped_linear
-    found = run(fn, x, w.mT.contiguous(), offs) if view else run(fn, x, w, offs, transposed=True)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("counts", [[30, 0, 50, 1], [0, 0, 0, 77], [200, 129, 128, 3, 300]])
+def test_grouped_linear(counts: list[int], recipe: Recipe, view: bool, device: str) -> None:
+    x, w, offs = grouped(device, counts, 0, (64, 48) if recipe == "current" else (256, 384))
+    given = (x, w.mT.contiguous(), offs) if view else (x, w, offs, True)
+    found = run(fp8_grouped_linear, *given, recipe=recipe)
     found[2] = found[2].mT if view else found[2]
-    assert_near(found, run(loop, x, w, offs))
+    assert_near(found, run(loop, x, w, offs, recipe=recipe))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_rows_of_no_group_touch_nothing(device: str) -> None:
-    x, w, offs = grouped(device, [30, 2], 9, (64, 32))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rows_of_no_group_touch_nothing(recipe: Recipe, device: str) -> None:
+    x, w, offs = grouped(device, [30, 2], 9, (256, 128))
     x[32:] = torch.nan
-    out, grad_x, grad_w = run(fp8_grouped_linear, x, w, offs, transposed=True)
-    want_out, want_x, want_w = run(fp8_grouped_linear, x[:32], w, offs, transposed=True)
+    out, grad_x, grad_w = run(fp8_grouped_linear, x, w, offs, True, recipe=recipe)
+    want_out, want_x, want_w = run(fp8_grouped_linear, x[:32], w, offs, True, recipe=recipe)
     # The cotangents differ in what they are for the rows beyond.
     assert torch.equal(out[:32], want_out)
     assert error(grad_x[:32], want_x) == error(grad_w, want_w) == 0.0
@@ -151,8 +154,9 @@ def swiglu(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("provider", [torch_provider, formula], ids=["torch", "formula"])
-def test_experts(provider: Any, device: str) -> None:
+def test_experts(provider: Any, recipe: Recipe, device: str) -> None:
     """In bfloat16 a number that is rounded in another order may fall to its other neighbour.
 
     The gradient of the routing weights is what the rows give before or after the last product: two
@@ -160,12 +164,12 @@ def test_experts(provider: Any, device: str) -> None:
     """
     fn = provider._IMPLEMENTATIONS[ops.experts]
     kind: dict[str, Any] = {"device": device, "dtype": BF16 if device == "cuda" else torch.float32}
-    x, weights = normal(60, 64, **kind), normal(60, 2, **kind, seed=1).softmax(-1)
-    up, down = normal(8, 96, 64, **kind, seed=2), normal(8, 64, 48, **kind, seed=3)
+    x, weights = normal(60, 128, **kind), normal(60, 2, **kind, seed=1).softmax(-1)
+    up, down = normal(8, 256, 128, **kind, seed=2), normal(8, 128, 128, **kind, seed=3)
     ids = torch.arange(120, device=device).view(60, 2) * 7 % 6  # two get none
     given = x, ids, weights, up, down, swiglu
-    wanted = run(ops.experts.reference, *given, recipe="current")
-    found = run(fn, *given, recipe="current")
+    wanted = run(ops.experts.reference, *given, recipe=recipe)
+    found = run(fn, *given, recipe=recipe)
     assert error(found.pop(2), wanted[2]) < 0.1
     assert_near(found, wanted[:2] + wanted[3:], 5e-2 if device == "cuda" else 1e-2)
     for rounded, exact in zip(wanted, run(ops.experts.reference, *given), strict=True):
@@ -182,19 +186,20 @@ def test_the_operators_have_true_fakes(device: str) -> None:
         torch.library.opcheck(fp8_mm, given, test_utils="test_faketensor")
     x, w, offs = grouped(device, [3, 5], 1, (32, 16))
     (qa, sa), (qb, sb) = quantize(x, E4M3, ROW), quantize(w, E4M3, ROW)
-    given = qa, qb, sa, sb, offs, BF16, True
+    given = qa, qb, sa, sb, offs, BF16
     torch.library.opcheck(fp8_grouped_mm, given, test_utils="test_faketensor")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CAPABLE, reason="needs a GPU with FP8")
-def test_experts_do_not_wait_for_the_device() -> None:
-    x, w, offs = grouped("cuda", [30, 0, 50, 1], 0, (64, 48))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_experts_do_not_wait_for_the_device(recipe: Recipe) -> None:
+    x, w, offs = grouped("cuda", [30, 0, 50, 1], 0, (256, 128))
     x, w = x.requires_grad_(), w.requires_grad_()
-    fp8_grouped_linear(x, w, offs, True).sum().backward()
+    fp8_grouped_linear(x, w, offs, True, recipe=recipe).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fp8_grouped_linear(x, w, offs, True).sum().backward()
+        fp8_grouped_linear(x, w, offs, True, recipe=recipe).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -212,11 +217,7 @@ def test_experts_do_not_wait_for_the_device() -> None:
 def test_sizes_that_are_refused(sizes: tuple[int, int], recipe: Recipe, reason: str | None) -> None:
     found = linear_problem(BF16, torch.empty(sizes), recipe)
     assert found == (reason and f"FP8 products take sizes that are {reason}")
-    stacks = torch.empty(2, *sizes), torch.empty(2, *sizes)
-    if recipe == "current":
-        assert experts_problem(*stacks, recipe) == found
-    else:
-        assert "not for blocks" in str(experts_problem(*stacks, recipe))
+    assert experts_problem(torch.empty(2, *sizes), torch.empty(2, *sizes), recipe) == found
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU_TE])

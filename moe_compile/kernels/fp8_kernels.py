@@ -21,9 +21,9 @@ def _multiply(
     scale_b,
     offs,
     out,
-    width,
-    columns,
     groups,
+    width: tl.constexpr,
+    columns: tl.constexpr,
     bins: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
@@ -47,7 +47,7 @@ def _multiply(
     column = tl.program_id(0) * block + tl.arange(0, block)
     inner = tl.arange(0, block)
     is_row = row < end
-    blocks = width // block
+    blocks: tl.constexpr = width // block
     matrix = b + group.to(tl.int64) * columns * width
     scales = scale_b + (group.to(tl.int64) * (columns // block) + tl.program_id(0)) * blocks
     left = a + row.to(tl.int64)[:, None] * width + inner[None, :]
@@ -72,7 +72,7 @@ def multiply(
     grid = columns // BLOCK, at_least_one(triton.cdiv(a.shape[0], rows) + groups)
     bins = triton.next_power_of_2(groups)
     given = (t.contiguous() for t in (a, b, scale_a, scale_b, offs))
-    sizes = width, columns, groups, bins, rows, BLOCK
+    sizes = groups, width, columns, bins, rows, BLOCK
     warps = 8 if rows == 128 else 4
     _multiply[grid](*given, out, *sizes, num_warps=warps, num_stages=3)
     return out

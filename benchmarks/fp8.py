@@ -46,7 +46,7 @@ def build(way: str, args: argparse.Namespace) -> PreTrainedModel:
 
 def tiny_config() -> Qwen3MoeConfig:
     """Of all recipes' sizes, and small."""
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "head_dim": 32}
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
     return Qwen3MoeConfig(vocab_size=256, num_experts_per_tok=2, use_cache=False, **sizes, **heads)
 

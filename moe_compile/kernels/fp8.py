@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from moe_compile.kernels.grouped_mm import grouped_mm, grouped_mm_weight_grad
 from moe_compile.ops.fp8 import (
@@ -72,19 +71,19 @@ def _blockwise_mm(
         a.contiguous(),
         b.contiguous().t(),
         scale_a.t().contiguous().t(),
-        ScalingType.BlockWise1x128,
+        F.ScalingType.BlockWise1x128,
         *_scales_of(b, scale_b),
         output_dtype=dtype,
     )
     return out[:count].contiguous()
 
 
-def _scales_of(b: Tensor, scale: Tensor) -> tuple[Tensor, ScalingType]:
+def _scales_of(b: Tensor, scale: Tensor) -> tuple[Tensor, F.ScalingType]:
     """As cuBLAS reads them: those of tiles with as many columns as a multiple of four."""
     if scale.shape[0] == b.shape[0]:
-        return scale.t().contiguous().t(), ScalingType.BlockWise1x128
+        return scale.t().contiguous().t(), F.ScalingType.BlockWise1x128
     tiles = F.pad(scale, (0, -scale.shape[1] % 4)).contiguous()
-    return tiles.t(), ScalingType.BlockWise128x128
+    return tiles.t(), F.ScalingType.BlockWise128x128
 
 
 def _padded(q: Tensor, rows: int = 0, columns: int = 0) -> Tensor:

@@ -78,7 +78,7 @@ def _blockwise_mm(
     return out[:count].contiguous()
 
 
-def _scales_of(b: Tensor, scale: Tensor) -> tuple[Tensor, F.ScalingType]:
+def _scales_of(b: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
     """As cuBLAS reads them: those of tiles with as many columns as a multiple of four."""
     if scale.shape[0] == b.shape[0]:
         return scale.t().contiguous().t(), F.ScalingType.BlockWise1x128

@@ -247,6 +247,7 @@ def _rewrite(
     with work.timed("passes"):
         for _, unit in others:
             if not unit.records:
+                unit.not_quantized |= first.not_quantized  # a part may not show what it is for
                 run_passes(pipeline, unit, check=check)
     return [first, *(unit.at(first.name, path) for path, unit in others)]
 

@@ -58,9 +58,9 @@ class QuantizeToFP8(Pass):
         """Returns how many ops compute in FP8."""
         if not unit.name.rpartition(".")[2].isdigit():
             return 0  # what is beside the layers, as the head
-        routing, changed = _routing(unit.graph), 0
+        routing, noted, changed = _routing(unit.graph), set(unit.not_quantized), 0
         for node in list(unit.graph.nodes):
-            if node.target not in _KINDS:
+            if node.target not in _KINDS or unit.innermost(node) in noted:
                 continue
             _check_device(node.meta["val"].device)
             try:

@@ -22,6 +22,7 @@ from moe_compile.passes import (
 )
 from moe_compile.passes.facts import EXPERTS_PLACED, NORMALIZED
 from moe_compile.rewrite.unit_graph import UnitGraph
+from tests.counting import CountOps
 from tests.families import qwen3_moe
 from tests.passes.test_dispatch_experts import TWO
 from tests.patterns.harness import SEQUENCE, capture, normal, op_names
@@ -104,6 +105,13 @@ def test_a_gated_mlp_of_which_a_part_is_refused_stays() -> None:
     assert unit.not_quantized["mlp"].endswith("its weight is 24 x 16")
 
 
+def test_what_was_noted_of_the_whole_layer_holds_for_its_parts() -> None:
+    unit = placed()
+    unit.not_quantized = {"first": "it routes tokens", "mlp": "it routes tokens"}
+    assert QuantizeToFP8().run(unit) == 1
+    assert op_names(unit).count("fp8_linear") == 0
+
+
 def test_blocks_want_larger_sizes() -> None:
     unit = placed()
     assert QuantizeToFP8("blockwise").run(unit) == 0
@@ -180,6 +188,22 @@ def test_a_model_trains_with_it_and_its_report_says_so(options: dict[str, Any]) 
         assert b.grad is not None
         assert b.dtype == b.grad.dtype == torch.float32
         assert (a.grad - b.grad).norm() < 0.5 * a.grad.norm(), name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, {"backend": "aot_eager"}])
+def test_recomputing_keeps_its_products(compiled: Any) -> None:
+    config = {"autocast": False, "compile": compiled, "verify": "off"}
+    names, found = ("moe_compile::fp8_mm", "moe_compile::fp8_grouped_mm"), list[list[int]]()
+    for mode in ("none", "selective", "full"):
+        options = moe_compile.OptimizeConfig(**config, activation_checkpointing=mode)
+        quantized = moe_compile.optimize(model(), config=options, passes=QUANTIZED)
+        with CountOps() as ops_run:
+            loss(quantized).backward()
+        found.append([ops_run.calls[name] for name in names])
+    none, selective, full = found
+    assert none == selective
+    assert all(more > fewer for more, fewer in zip(full, none, strict=True))
 
 
 def test_what_is_exact_is_still_held_to_it() -> None:

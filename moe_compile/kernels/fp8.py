@@ -73,9 +73,9 @@ def _blockwise_mm(
         scale_a.t().contiguous().t(),
         F.ScalingType.BlockWise1x128,
         *_scales_of(b, scale_b),
-        output_dtype=dtype,
+        output_dtype=torch.bfloat16,
     )
-    return out[:count].contiguous()
+    return out[:count].to(dtype).contiguous()
 
 
 def _scales_of(b: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
@@ -240,13 +240,16 @@ def fp8_grouped_linear(
     return _GroupedLinear.apply(x, w, offs, transposed, EXPERT_SCALINGS[recipe])
 
 
+_RESULTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def linear_problem(dtype: torch.dtype, weight: Tensor, recipe: Recipe) -> str | None:
     """Why `fp8_linear` does not take a weight [N, K] and rows of `dtype`, or None."""
     multiple = SCALINGS[recipe].multiple()
     if weight.shape[0] % multiple or weight.shape[1] % multiple:
         return _sizes_problem(multiple, weight)
-    if weight.is_cuda and dtype != torch.bfloat16:
-        return f"torch's FP8 products take bfloat16: got {dtype}"
+    if weight.is_cuda and dtype not in _RESULTS:
+        return f"torch's FP8 products give bfloat16, float16 or float32: got {dtype}"
     if weight.is_cuda and recipe == "blockwise" and not _has_blocks(weight.device):
         return "torch's FP8 products of blocks take compute capability 9.0 and CUDA 12.9 or newer"
     return None
@@ -264,7 +267,7 @@ def experts_problem(up: Tensor, down: Tensor, recipe: Recipe) -> str | None:
         if weight.shape[1] % multiple or weight.shape[2] % multiple:
             return _sizes_problem(multiple, weight)
         if weight.is_cuda and weight.dtype != torch.bfloat16:
-            return f"torch's FP8 products take bfloat16: got {weight.dtype}"
+            return f"grouped FP8 products take bfloat16: got {weight.dtype}"
     if recipe == "current" and up.is_cuda and not _has_groups(up.device):
         return "torch's grouped FP8 products take compute capability 9.0 or 10.0"
     return None

@@ -236,3 +236,24 @@ def test_transformer_engine(
     torch.compiler.reset()
     compiled = torch.compile(te_fp8.fp8_linear, fullgraph=True, backend="aot_eager", dynamic=True)
     assert_near(run(compiled, x, weight, recipe=recipe), wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_linear_in_other_dtypes(dtype: torch.dtype, recipe: Recipe, device: str) -> None:
+    x = normal(40, 256, device=device, dtype=dtype)
+    weight = normal(128, 256, device=device, dtype=dtype, seed=1)
+    wanted = run(ops.fp8_linear.reference, x, weight, recipe=recipe)
+    assert_near(run(fp8_linear, x, weight, recipe=recipe), wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_linear_under_autocast(device: str) -> None:
+    x = normal(40, 64, device=device, dtype=torch.float32)
+    weight = normal(32, 64, device=device, dtype=torch.float32, seed=1)
+    with torch.autocast(device, torch.bfloat16):
+        found = run(fp8_linear, x, weight)
+        wanted = run(ops.fp8_linear.reference, x, weight)
+    assert found[0].dtype == torch.bfloat16
+    assert_near(found, wanted)

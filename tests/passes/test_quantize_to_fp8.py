@@ -193,7 +193,7 @@ def test_a_model_trains_with_it_and_its_report_says_so(options: dict[str, Any]) 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, {"backend": "aot_eager"}])
 def test_recomputing_keeps_its_products(compiled: Any) -> None:
-    config = {"autocast": False, "compile": compiled, "verify": "off"}
+    config: dict[str, Any] = {"autocast": False, "compile": compiled, "verify": "off"}
     names, found = ("moe_compile::fp8_mm", "moe_compile::fp8_grouped_mm"), list[list[int]]()
     for mode in ("none", "selective", "full"):
         options = moe_compile.OptimizeConfig(**config, activation_checkpointing=mode)

@@ -53,11 +53,12 @@ class TransformerEngineProvider:
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse what its kernels do not compute, with the reason."""
-        arguments = call.arguments(op)
-        if op is ops.experts and arguments["recipe"] is not None and arguments["up"].is_cuda:
+        is_fp8 = op is ops.experts and call.kwargs.get("recipe") is not None
+        if is_fp8 and call.arguments(op)["x"].is_cuda:
             return Refuse(_GROUPED)
         if op not in _IMPLEMENTATIONS:
             return Lacks(f"transformer_engine has no implementation of {op.name}")
+        arguments = call.arguments(op)
         if arguments["x"].device.type != "cuda":
             kind = arguments["x"].device.type
             return Lacks(f"transformer_engine takes tensors on cuda: got {kind}")

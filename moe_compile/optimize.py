@@ -247,6 +247,7 @@ def _rewrite(
     with work.timed("passes"):
         for _, unit in others:
             if not unit.records:
+                unit.not_quantized |= first.not_quantized  # a part may not show what it is for
                 run_passes(pipeline, unit, check=check)
     return [first, *(unit.at(first.name, path) for path, unit in others)]
 
@@ -260,6 +261,8 @@ def run_passes(pipeline: Pipeline, unit: UnitGraph, *, check: bool = False) -> N
     """Runs the passes on one unit, recording what each did; `check` verifies the facts."""
     for step in pipeline:
         start, before = time.perf_counter(), len(unit.graph.nodes)
+        if not step.exact and unit.raised is None:
+            unit.raised = copy_graph(unit.graph)
         changed = step.run(unit)
         seconds = time.perf_counter() - start
         after = len(unit.graph.nodes)

@@ -71,13 +71,18 @@ class Site:
     Attributes:
         module: the full name of the owner in the first layer of the group.
         layers: how many layers have it.
-        kind: experts, router, rms_norm, attention, rope, mlp or loss.
+        kind: experts, router, rms_norm, attention, rope, mlp, linear or loss.
         pattern: the pattern that matched, or the nearest miss of a refused site; None if neither.
         status: rewritten; kept (recognised, and the original is as fast); or refused.
         reason: why it was not rewritten; None only when it was.
         provider: who implements it; None if it was not rewritten.
         near_miss: of refused experts, what came closest; None where there is no graph of them.
         timings: the choices between several providers, one for each form of the call.
+        numerics: what it computes with where a pass changed that on purpose; None for what is as
+            exact as the original.
+        tolerance: the error that verification then allows.
+        error: then the largest error of an output or gradient in L2 norm, as verification found it
+            on small tensors; None where it was not run.
     """
 
     module: str
@@ -89,12 +94,16 @@ class Site:
     provider: str | None = None
     near_miss: NearMissReport | None = None
     timings: tuple[Choice, ...] = ()
+    numerics: str | None = None
+    tolerance: float = 0.0
+    error: float | None = None
 
     def providers(self) -> str:
         """Who implements it, each with the first of its timings."""
         names = [] if self.provider is None else self.provider.split(", ")
         timed = {c.provider: str(c) for c in reversed(self.timings) if c.milliseconds}
-        return ", ".join(timed.get(name, name) for name in names)
+        found = ", ".join(timed.get(name, name) for name in names)
+        return found if self.numerics is None else f"{found}, in {self.numerics}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class Report:
     `schedules` are what modules do while their tokens travel, or why they do nothing, by the
     module's name in the first layer of its group; part of `mesh` too, and empty without a pass that
     overlaps.
+    `not_quantized` are the products that keep their dtype beside others that a pass quantised, by
+    module, with the reason.
     """
 
     sites: tuple[Site, ...]
@@ -127,6 +138,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     dispatchers: dict[str, str | None] = field(default_factory=dict[str, str | None])
     schedules: dict[str, str] = field(default_factory=dict[str, str])
+    not_quantized: dict[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and values."""
@@ -139,6 +151,7 @@ class Report:
             "passes": [asdict(step) for step in self.passes],
             "captures": self.captures,
             "mesh": self.mesh | {name: found for name, found in travels.items() if found},
+            "not_quantized": dict(self.not_quantized),
             "seconds": dict(self.seconds),
         }
 
@@ -155,6 +168,7 @@ class Report:
         for name, reason in self.dispatchers.items():
             lines.append(f"Tokens travel by {name}" + (f", as {reason}" if reason else "") + ".")
         lines += [f"Schedule of {name}: {steps}." for name, steps in self.schedules.items()]
+        lines += [*_numerics_lines(self.sites), *_wide_lines(self.not_quantized)]
         lines += _choice_lines([choice for site in self.sites for choice in site.timings])
         timing = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
         lines.append(f"{self.captures} captures; {timing}")
@@ -171,6 +185,30 @@ def _row(site: Site) -> tuple[str, ...]:
         site.status,
         why or "-",
     )
+
+
+def _numerics_lines(sites: tuple[Site, ...]) -> list[str]:
+    """That results differ on purpose, and by how much; a line for each kind of numbers."""
+    lines: list[str] = []
+    for name in dict.fromkeys(site.numerics for site in sites if site.numerics is not None):
+        own = [site for site in sites if site.numerics == name]
+        errors = [site.error for site in own if site.error is not None]
+        found = f"by up to {max(errors):.1e} where that was measured" if errors else "not measured"
+        count = f"{len(own)} of these sites" if len(own) > 1 else "one of these sites"
+        allowed = max(site.tolerance for site in own)
+        lines.append(
+            f"NOT EXACT: {name} in {count}. Outputs and gradients on small tensors differ from "
+            f"exact ones in L2 norm, {found}; verification allows {allowed:.1e}."
+        )
+    return lines
+
+
+def _wide_lines(modules: dict[str, str]) -> list[str]:
+    """What keeps its dtype, a line for each reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in modules.items():
+        found.setdefault(reason, []).append(name)
+    return [f"Not quantised: {', '.join(names)}; {reason}." for reason, names in found.items()]
 
 
 def _choice_lines(choices: list[Choice]) -> list[str]:

@@ -61,7 +61,8 @@ def summarize(
     graphs = {id(unit.graph): unit for unit in itertools.chain(*units)}
     passes = _passes(list(graphs.values()))
     travels = _dispatchers(units), _schedules(groups, units)
-    return Report((*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), *travels)
+    told = *travels, _not_quantized(groups, units)
+    return Report((*sites, *head), passes, len(graphs), dict(mesh), dict(seconds), *told)
 
 
 def _dispatchers(units: list[list[UnitGraph]]) -> dict[str, str | None]:
@@ -80,6 +81,15 @@ def _schedules(groups: list[Group], units: list[list[UnitGraph]]) -> dict[str, s
                 if any(told):
                     found[_full_name(group, path)] = "; ".join(filter(None, told))
     return found
+
+
+def _not_quantized(groups: list[Group], units: list[list[UnitGraph]]) -> dict[str, str]:
+    return {
+        _full_name(group, path): reason
+        for group, graphs in zip(groups, units, strict=True)
+        for unit in graphs[:1]
+        for path, reason in unit.not_quantized.items()
+    }
 
 
 def _unit_of(site: Site, order: dict[str, int]) -> str:

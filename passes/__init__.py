@@ -7,6 +7,7 @@ from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED
 from moe_compile.passes.lower import Lower
 from moe_compile.passes.normalize import Normalize
 from moe_compile.passes.overlap_shared_experts import OverlapSharedExperts
+from moe_compile.passes.quantize_to_fp8 import QuantizeToFP8
 from moe_compile.passes.raise_attention import RaiseAttention
 from moe_compile.passes.raise_experts import RaiseExperts
 from moe_compile.passes.raise_mlps import RaiseMLPs
@@ -38,6 +39,7 @@ __all__ = [
     "Lower",
     "Normalize",
     "OverlapSharedExperts",
+    "QuantizeToFP8",
     "RaiseAttention",
     "RaiseExperts",
     "RaiseMLPs",

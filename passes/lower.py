@@ -22,7 +22,8 @@ class Lower(Pass):
 
     def run(self, unit: UnitGraph) -> int:
         """Returns how many ops were lowered."""
-        unit.raised = copy_graph(unit.graph)
+        if unit.raised is None:
+            unit.raised = copy_graph(unit.graph)
         nodes = [node for node in unit.graph.nodes if isinstance(node.target, CanonicalOp)]
         for node in nodes:
             node.meta["op"] = node.target

@@ -13,9 +13,9 @@ import moe_compile
 from moe_compile.report import Choice, NearMissReport, Report, Site
 from tests.pairs import pair
 
-KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "loss"}
+KINDS = {"experts", "router", "rms_norm", "attention", "rope", "mlp", "linear", "loss"}
 SITE = {"module", "layers", "kind", "pattern", "status", "reason", "provider"}
-EXTRA = {"near_miss", "timings"}
+EXTRA = {"near_miss", "timings", "numerics", "tolerance", "error"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_it_is_json(document: dict[str, Any]) -> None:
 
 
 def test_it_has_the_documented_structure(document: dict[str, Any]) -> None:
-    assert set(document) == {"sites", "passes", "mesh", "seconds"} | {"captures"}
+    assert set(document) == {"sites", "passes", "mesh", "seconds", "captures", "not_quantized"}
     assert document["mesh"] == {}
     assert [set(site) for site in document["sites"]] == [SITE | EXTRA] * len(document["sites"])
     assert [step["name"] for step in document["passes"]] == moe_compile.PIPELINE.names()

@@ -59,6 +59,9 @@ _DEAR = (
     "aten::_scaled_dot_product_attention_math",
     "flex_attention",
     "moe_compile::grouped_mm",
+    "moe_compile::fp8_mm",
+    "moe_compile::fp8_grouped_mm",
+    "moe_compile::te_fp8_linear",
     *(
         f"moe_compile::{name}_{op}"
         for name in _DISPATCHERS

@@ -103,8 +103,11 @@ def _prepare_owner(
         result.sites = _sites(result, nodes, "kept", kept)
         return result
     try:
-        result.variants = _variants(model, result, units, verifier)
-        result.sites = _sites(result, nodes, "rewritten", None)
+        result.variants, error = _variants(model, result, units, verifier)
+        result.sites = [
+            replace(site, error=error if site.numerics else None)
+            for site in _sites(result, nodes, "rewritten", None)
+        ]
         result.routers = routers(units[0], path)
     except Refuse as refusal:
         sites = _sites(result, nodes, "refused", refusal.reason)
@@ -127,10 +130,15 @@ def _with_near_miss(site: Site, nodes: list[fx.Node], refusal: Refuse) -> Site:
 
 def _variants(
     model: nn.Module, installation: Installation, units: list[UnitGraph], verifier: Verifier
-) -> tuple[Variant, ...]:
-    """One variant for every call of the owner in every captured form, each verified."""
+) -> tuple[tuple[Variant, ...], float | None]:
+    """One variant for every call of the owner in every captured form, each verified.
+
+    Returns:
+        these, and the largest error that was found where passes are not exact.
+    """
     owners = [model.get_submodule(name) for name in installation.owner_names()]
     found: list[Variant] = []
+    errors: list[float | None] = []
     impossible: OwnCodeFails | None = None
     _check_single_path(model, units, installation.path)
     for unit in units:
@@ -145,14 +153,15 @@ def _variants(
             if found[-1].collective and unit.calls[call].optional:
                 raise Refuse("whether it is called depends on data, so ranks could differ")
             try:
-                verifier.check(unit, call, found[-1], on_one_rank(piece.graph, "alone"))
+                alone = on_one_rank(piece.graph, "alone")
+                errors.append(verifier.check(unit, call, found[-1], alone))
             except OwnCodeFails as failure:
                 impossible = failure
                 found.pop()
     if impossible is not None and not found:
         raise impossible
     _check_ties(model, owners, {name for each in found for name in each.weights})
-    return tuple(found)
+    return tuple(found), max((e for e in errors if e is not None), default=None)
 
 
 def _check_single_path(model: nn.Module, units: list[UnitGraph], path: str) -> None:
@@ -193,6 +202,8 @@ def _sites(
             reason,
             _providers(own) if status == "rewritten" else None,
             timings=_choices(own),
+            numerics=_numerics(own) if status == "rewritten" else None,
+            tolerance=max(node.meta.get("tolerance", 0.0) for node in own),
         )
         for (kind, pattern), own in kinds.items()
     ]
@@ -200,6 +211,12 @@ def _sites(
 
 def _providers(nodes: list[fx.Node]) -> str:
     return ", ".join(dict.fromkeys(node.meta["provider"] for node in nodes))
+
+
+def _numerics(nodes: list[fx.Node]) -> str | None:
+    """What numbers it computes with, where that is another result on purpose."""
+    found = [node.meta["numerics"] for node in nodes if "numerics" in node.meta]
+    return ", ".join(dict.fromkeys(found)) or None
 
 
 def _choices(nodes: list[fx.Node]) -> tuple[Choice, ...]:

@@ -5,6 +5,7 @@ from moe_compile.ops.canonical import OPS, CanonicalOp, canonical
 from moe_compile.ops.combine import combine
 from moe_compile.ops.dispatch import dispatch
 from moe_compile.ops.experts import experts
+from moe_compile.ops.fp8_linear import fp8_linear
 from moe_compile.ops.gated_mlp import gated_mlp
 from moe_compile.ops.linear_cross_entropy import linear_cross_entropy
 from moe_compile.ops.rms_norm import rms_norm
@@ -30,6 +31,7 @@ __all__ = [
     "combine",
     "dispatch",
     "experts",
+    "fp8_linear",
     "gated_mlp",
     "linear_cross_entropy",
     "rms_norm",

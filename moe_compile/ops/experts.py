@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_compile.ops import fp8
 from moe_compile.ops.canonical import canonical
 
 
@@ -24,6 +25,7 @@ def experts(
     transposed: bool = False,
     weigh_input: bool = False,
     places: Tensor | None = None,
+    recipe: fp8.Recipe | None = None,
 ) -> Tensor:
     """out[t] = sum over picks k of weights[t, k] * expert[ids[t, k]](x[t]).
 
@@ -48,6 +50,9 @@ def experts(
         transposed: How up and down are stored.
         weigh_input: Weigh the expert's input, not its result (Llama 4).
         places: [P, 0], from `dispatch`: no more than P of the ids are other than -1.
+        recipe: unless it is None, both products, and those of the backward that give gradients of
+            rows, are of e4m3 numbers, with scales for each row of an operand (`"current"`), or as
+            `fp8_linear` has them (`"blockwise"`). Not exact.
 
     Returns:
         [T, Hout] in x's dtype. An expert that no token picked has gradients of zero.
@@ -66,10 +71,10 @@ def experts(
             continue  # it adds nothing; the first gives all of them gradients
         weight = weights[token, pick, None]
         rows = (x[token] * weight).to(x.dtype) if weigh_input else x[token]
-        rows = rows.to(up.dtype) @ ups[expert]
+        rows = _product(rows.to(up.dtype), ups[expert], recipe)
         if up_bias is not None:
             rows = rows + up_bias[expert]
-        rows = activation(rows).to(down.dtype) @ downs[expert]
+        rows = _product(activation(rows).to(down.dtype), downs[expert], recipe)
         if down_bias is not None:
             rows = rows + down_bias[expert]
         rows = normed(rows, norm, _of_expert(norm_weight, expert))
@@ -82,6 +87,10 @@ def normed(rows: Tensor, norm: Callable[..., Tensor] | None, weight: Tensor | No
     if norm is None:
         return rows
     return norm(rows) if weight is None else norm(rows, weight)
+
+
+def _product(rows: Tensor, matrix: Tensor, recipe: fp8.Recipe | None) -> Tensor:
+    return rows @ matrix if recipe is None else fp8.expert_product(rows, matrix.mT, recipe)
 
 
 def _of_expert(norm_weight: Tensor | None, expert: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.kernels.fp8 import fp8_grouped_linear
 from moe_compile.kernels.grouped_mm import grouped_linear, mask_tail
+from moe_compile.ops import fp8
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
 from moe_compile.providers.provider import Call, Lacks
@@ -32,9 +35,11 @@ def _experts(
     transposed: bool = False,
     weigh_input: bool = False,
     places: Tensor | None = None,
+    recipe: fp8.Recipe | None = None,
 ) -> Tensor:
     """The products are `grouped_mm` here too; rows are sorted, gathered and summed by torch."""
     num_experts, picks = up.shape[0], ids.shape[1]
+    linear = grouped_linear if recipe is None else partial(fp8_grouped_linear, recipe=recipe)
     # -1, a pick that lives elsewhere, becomes E, which sorts last; those rows may hold anything.
     expert, order = (ids.flatten() % (num_experts + 1)).sort(stable=True)
     bounds = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
@@ -43,10 +48,10 @@ def _experts(
     rows = mask_tail(x.index_select(0, order // picks), offs)
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
-    rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
+    rows = linear(rows.to(up.dtype), up, offs, not transposed)
     if up_bias is not None:
         rows = rows + _of_rows(up_bias, expert)
-    rows = grouped_linear(activation(rows).to(down.dtype), down, offs, not transposed)
+    rows = linear(activation(rows).to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         rows = rows + _of_rows(down_bias, expert)
     if norm is not None:

@@ -37,6 +37,15 @@ def takers(op: CanonicalOp[..., Any], call: Call) -> tuple[list[Provider], dict[
     return taking, left_out
 
 
+def refusals_of(op: CanonicalOp[..., Any], call: Call) -> list[str] | None:
+    """Why no provider takes the call; None if one does."""
+    refusals = [provider.supports(op, call) for provider in PROVIDERS]
+    if None in refusals:
+        return None
+    reasons = [r.reason for r in refusals if r is not None and not isinstance(r, Lacks)]
+    return list(dict.fromkeys(reasons)) or [f"no provider has {op.name} on this device"]
+
+
 def choose(
     op: CanonicalOp[..., Any], call: Call, wanted: str | None = None
 ) -> tuple[Provider, list[Refuse]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,15 @@ from moe_compile.kernels.expert_rows import (
     rows_of_picks,
     spread_rows,
 )
+from moe_compile.kernels.fp8 import (
+    experts_problem,
+    fp8_grouped_linear,
+    fp8_linear,
+    linear_problem,
+)
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
+from moe_compile.ops import fp8
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
@@ -191,7 +199,9 @@ def _experts(
     transposed: bool = False,
     weigh_input: bool = False,
     places: Tensor | None = None,
+    recipe: fp8.Recipe | None = None,
 ) -> Tensor:
+    linear = grouped_linear if recipe is None else partial(fp8_grouped_linear, recipe=recipe)
     num_experts, picks = up.shape[0], ids.shape[1]
     num_rows = None if places is None else places.shape[0]
     grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
@@ -199,7 +209,7 @@ def _experts(
     rows = spread_rows(x, *grouped, picks)
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
-    rows = grouped_linear(rows.to(up.dtype), up, offs, not transposed)
+    rows = linear(rows.to(up.dtype), up, offs, not transposed)
     # The expert of each row; E for a pick that lives elsewhere.
     expert = (ids.flatten() % (num_experts + 1)).index_select(0, order)
     if up_bias is not None:
@@ -208,7 +218,7 @@ def _experts(
     # the gradient of the weights.
     weigh_inside = norm is None and not weigh_input
     rows = _weighed(activation, rows, weight, offs) if weigh_inside else activation(rows)
-    rows = grouped_linear(rows.to(down.dtype), down, offs, not transposed)
+    rows = linear(rows.to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
         bias = _BiasRows.apply(down_bias, expert, offs)
         rows = rows + (bias * weight if weigh_inside else bias)
@@ -232,9 +242,23 @@ def _weighed(
     return activate(rows, weight, offs, key)
 
 
+def _fp8_problem(
+    op: CanonicalOp[..., Any], arguments: dict[str, Any], autocast: torch.dtype | None
+) -> str | None:
+    """Why torch has no kernel for the eight-bit products of a call, if it has any."""
+    if op is ops.fp8_linear:
+        x, weight = arguments["x"], arguments["weight"]
+        return linear_problem(autocast or x.dtype, weight, arguments["recipe"])
+    if op is ops.experts and arguments["recipe"] is not None:
+        stacks = arguments["up"], arguments["down"]
+        return experts_problem(*stacks, arguments["recipe"])
+    return None
+
+
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.attention: attention,
     ops.experts: _experts,
+    ops.fp8_linear: fp8_linear,
     ops.gated_mlp: ops.gated_mlp.reference,
     ops.linear_cross_entropy: linear_cross_entropy,
     ops.rms_norm: _rms_norm,
@@ -264,6 +288,8 @@ class TorchProvider:
         if op is ops.attention and call.autocast is not None:
             return None  # autocast gives every argument its dtype
         arguments = call.arguments(op)
+        if (problem := _fp8_problem(op, arguments, call.autocast)) is not None:
+            return Refuse(problem)
         names = _SAME_DTYPE.get(op, ())
         tensors = {n: arguments[n] for n in names if arguments[n] is not None}
         for name, tensor in tensors.items():

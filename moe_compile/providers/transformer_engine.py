@@ -1,4 +1,4 @@
-"""RMSNorm by TransformerEngine, where the package `transformer_engine` is installed.
+"""RMSNorm and FP8 linears by TransformerEngine, where `transformer_engine` is installed.
 
 Its attention is cuDNN's, which torch's has too; its grouped products are several times slower than
 torch's for many experts, and its other modules break a layer's graph.
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.kernels import transformer_engine_fp8 as te_fp8
 from moe_compile.kernels.transformer_engine import library, te_rms_norm
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.ops.fp8 import Recipe
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
@@ -32,6 +34,17 @@ def _rms_norm(
     return te_rms_norm(x, weight, eps, offset == 1.0)[0]
 
 
+_IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
+    ops.fp8_linear: te_fp8.fp8_linear,
+    ops.rms_norm: _rms_norm,
+}
+
+_GROUPED = (
+    "its grouped FP8 products take the groups' sizes from the host, so every layer would wait for "
+    "the device"
+)
+
+
 @dataclass(frozen=True)
 class TransformerEngineProvider:
     """TransformerEngine's kernels as custom ops, so that no layer's graph breaks."""
@@ -41,13 +54,17 @@ class TransformerEngineProvider:
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse what its kernels do not compute, with the reason."""
-        if op is not ops.rms_norm:
+        is_fp8 = op is ops.experts and call.kwargs.get("recipe") is not None
+        if is_fp8 and call.arguments(op)["x"].is_cuda:
+            return Refuse(_GROUPED)
+        if op not in _IMPLEMENTATIONS:
             return Lacks(f"transformer_engine has no implementation of {op.name}")
         arguments = call.arguments(op)
         if arguments["x"].device.type != "cuda":
             kind = arguments["x"].device.type
             return Lacks(f"transformer_engine takes tensors on cuda: got {kind}")
-        problem = _problem(**arguments) or _import_problem()
+        own = _linear_problem if op is ops.fp8_linear else _norm_problem
+        problem = own(call.autocast, **arguments) or _import_problem()
         return None if problem is None else Refuse(problem)
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
@@ -56,11 +73,22 @@ class TransformerEngineProvider:
 
     def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
         """The implementation of `op`."""
-        return _rms_norm
+        return _IMPLEMENTATIONS[op]
 
 
-def _problem(
-    x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool, offset: float
+def _linear_problem(
+    autocast: torch.dtype | None, x: Tensor, weight: Tensor, bias: Any, recipe: Recipe
+) -> str | None:
+    return te_fp8.problem(autocast or x.dtype, weight, recipe)
+
+
+def _norm_problem(
+    autocast: torch.dtype | None,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cast_first: bool,
+    offset: float,
 ) -> str | None:
     if x.dtype not in _DTYPES:
         return f"it takes bfloat16, float16 and float32: got {x.dtype}"

@@ -20,6 +20,8 @@ class Pass:
         gives: the facts that hold after it.
         breaks: the facts that may no longer hold after it.
         exact: False for a pass that changes numerics on purpose.
+        tolerance: of such a pass, how far an output or gradient of a module may then be from the
+            exact one, in L2 norm beside its own.
     """
 
     name: ClassVar[str]
@@ -27,6 +29,7 @@ class Pass:
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     exact: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 0.0
 
     def run(self, unit: UnitGraph) -> int:
         """Changes the unit's graph or plan; returns how many things it changed."""

@@ -34,12 +34,13 @@ class UnitGraph:
         name: the unit's name in the model; `prefix`: the captured module's name inside the unit, ""
             for the unit itself.
         graph, calls, mode, reads: see `Capture`.
-        captured: the graph as it was traced, in normal form; `raised`: as it was before lowering.
-            Both are kept for verification.
+        captured: the graph as it was traced, in normal form; `raised`: as it was before lowering,
+            or before the first pass that is not exact. Both are kept for verification.
         ep: the ranks that share the experts, None where each has all of them.
         contests: decides between providers; None for the first that takes a call.
         near_misses: the best failed attempt of every pattern.
         not_overlapped: why nothing runs while a module's tokens travel, by its name.
+        not_quantized: why a module's products keep their dtype, by its name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class UnitGraph:
     raised: fx.Graph | None = None
     near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
     not_overlapped: dict[str, str] = field(default_factory=dict[str, str])
+    not_quantized: dict[str, str] = field(default_factory=dict[str, str])
     records: list[PassRecord] = field(default_factory=list[PassRecord])
 
     @classmethod

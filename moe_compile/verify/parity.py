@@ -3,7 +3,8 @@
 Programs on the same inputs and parameters: the module's own forward, the captured graph, the
 captured graph in float64, and the new function. The capture must compute what the module does;
 the error of every output and gradient of the new function against float64 may be at most twice
-the module's own, or 4 eps; where it is more, eight draws decide. `verify="full"` also proves the
+the module's own, or 4 eps, or what a pass allows that is not exact; where it is more, eight draws
+decide. `verify="full"` also proves the
 raised graph over a prime field.
 """
 
@@ -47,18 +48,25 @@ _ROUNDING = 1024 * torch.finfo(torch.float64).eps
 @dataclasses.dataclass(frozen=True)
 class _Errors:
     """L2 errors by value, see `_scales`: the capture against the module, the rewrite and the module
-    against float64; and the rounding that they are judged by.
+    against float64; the rounding that they are judged by, and the error that passes allow which are
+    not exact.
     """
 
     eps: float
     capture: dict[str, float]
     rewrite: dict[str, float]
     own: dict[str, float]
+    tolerance: float = 0.0
 
     def problem(self) -> str | None:
         """The first error that is too large."""
         found = _first_above("the capture", self.capture, {}, 16 * self.eps)
-        return found or _first_above("the rewrite", self.rewrite, self.own, 4 * self.eps)
+        floor = max(4 * self.eps, self.tolerance)
+        return found or _first_above("the rewrite", self.rewrite, self.own, floor)
+
+    def largest(self) -> float | None:
+        """Of a rewrite that is not exact, its largest error."""
+        return max(self.rewrite.values(), default=None) if self.tolerance else None
 
 
 def _pooled(draws: list[_Errors]) -> _Errors:
@@ -72,6 +80,7 @@ def _pooled(draws: list[_Errors]) -> _Errors:
         pool([draw.capture for draw in draws]),
         pool([draw.rewrite for draw in draws]),
         pool([draw.own for draw in draws]),
+        draws[0].tolerance,
     )
 
 
@@ -83,6 +92,12 @@ def _first_above(
         if not error <= limit:  # also NaN
             return f"{what} has an error of {error:.1e} in {name}, the limit is {limit:.1e}"
     return None
+
+
+def _tolerance(graph: UnitGraph, call: int) -> float:
+    """What the passes that are not exact allow of what they changed in a call."""
+    own = (node.meta for node in graph.graph.nodes if node.meta.get("calls", ())[-1:] == (call,))
+    return max((meta.get("tolerance", 0.0) for meta in own), default=0.0)
 
 
 class OwnCodeFails(Refuse):
@@ -109,11 +124,17 @@ class Verifier:
         self.enabled = _is_verifiable(unit, level)
         self.unit = copy.deepcopy(unit).to(device) if self.enabled else unit
 
-    def check(self, graph: UnitGraph, call: int, variant: Variant, program: Program) -> None:
-        """Refuses a variant whose program does not compute what the module computes."""
+    def check(
+        self, graph: UnitGraph, call: int, variant: Variant, program: Program
+    ) -> float | None:
+        """Refuses a variant whose program does not compute what the module computes.
+
+        Returns:
+            the largest error, where a pass is not exact: see `Pass.tolerance`.
+        """
         inside = (n for n in graph.captured.nodes if call in n.meta.get("calls", ()))
         if not self.enabled or any(map(is_random, inside)):
-            return
+            return None
         self.unit.train(graph.mode.training is not False)
 
         def measure(seed: int) -> _Errors:
@@ -129,6 +150,7 @@ class Verifier:
             raise Refuse(f"verification failed: {problem}")
         if self.level in ("raise", "full"):
             self._prove(graph, call, variant)
+        return found.largest()
 
     def _measure(
         self, graph: UnitGraph, call: int, variant: Variant, program: Program, seed: int
@@ -146,8 +168,10 @@ class Verifier:
             return _Errors(eps, _errors(same, own, _scales(own)), {}, {})
         wide = _in_float64(captured, owner, tensors, used)
         scales = _scales(wide)
-        errors = [_errors(*each, scales) for each in ((same, own), (new, wide), (own, wide))]
-        return _Errors(eps, *errors)
+        capture, rewrite, rounding = (
+            _errors(*each, scales) for each in ((same, own), (new, wide), (own, wide))
+        )
+        return _Errors(eps, capture, rewrite, rounding, _tolerance(graph, call))
 
     def _prove(self, graph: UnitGraph, call: int, variant: Variant) -> None:
         assert graph.raised is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from moe_compile.kernels import liger, transformer_engine
-from moe_compile.ops import experts, gated_mlp, rms_norm
+from moe_compile.ops import experts, fp8_linear, gated_mlp, rms_norm
 from moe_compile.passes import RaiseMLPs
 from moe_compile.providers import Call
 from moe_compile.providers import liger as liger_provider
@@ -137,3 +137,21 @@ def test_libraries_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         "transformer_engine.pytorch",
         "transformer_engine_torch",
     ]
+
+
+@pytest.mark.usefixtures("installed")
+def test_fp8_by_transformer_engine() -> None:
+    """Linears are taken by their sizes; experts would wait for the device."""
+    weight = fake(128, 256)
+    assert TE.supports(fp8_linear, Call((fake(3, 256), weight))) is None
+    for options, reason in (
+        ({"x": fake(3, 256, dtype=torch.float32)}, "bfloat16: got torch.float32"),
+        ({"weight": fake(128, 72)}, "multiples of 16"),
+        ({"weight": fake(128, 192), "recipe": "blockwise"}, "multiples of 128"),
+    ):
+        call = Call((), {"x": fake(3, 256), "weight": weight} | options)
+        assert reason in str(TE.supports(fp8_linear, call))
+    given = fake(3, 32), fake(3, 2), fake(3, 2), fake(4, 64, 32), fake(4, 32, 32), torch.relu
+    found = TE.supports(experts, Call(given, {"recipe": "current"}))
+    assert "would wait for the device" in str(found)
+    assert isinstance(TE.supports(experts, Call(given)), Lacks)

@@ -18,6 +18,7 @@ from moe_compile.kernels.expert_rows import (
 )
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
+from moe_compile.kernels.normed_rotary import misfit, normed_rotary
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.ops.experts import normed
@@ -237,6 +238,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.experts: _experts,
     ops.gated_mlp: ops.gated_mlp.reference,
     ops.linear_cross_entropy: linear_cross_entropy,
+    ops.normed_rotary: normed_rotary,
     ops.rms_norm: _rms_norm,
     ops.rotary: ops.rotary.reference,
 }
@@ -264,6 +266,8 @@ class TorchProvider:
         if op is ops.attention and call.autocast is not None:
             return None  # autocast gives every argument its dtype
         arguments = call.arguments(op)
+        if op is ops.normed_rotary:
+            return _without_normed_rotary(arguments)
         names = _SAME_DTYPE.get(op, ())
         tensors = {n: arguments[n] for n in names if arguments[n] is not None}
         for name, tensor in tensors.items():
@@ -279,3 +283,11 @@ class TorchProvider:
     def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
         """The implementation of `op`."""
         return _IMPLEMENTATIONS[op]
+
+
+def _without_normed_rotary(arguments: dict[str, Any]) -> Refuse | None:
+    """Without its kernels, it is no other than the two ops that it is made of."""
+    tensors = (arguments[name] for name in ("x", "weight", "cos", "sin"))
+    device = arguments["x"].device.type
+    reason = misfit(*tensors) if device == "cuda" else f"its kernels run on cuda: got {device}"
+    return None if reason is None else Lacks(f"torch has none of its own: {reason}")

@@ -92,7 +92,10 @@ def turn_normed(
     """
     if x.is_cuda:
         return _forward_on_gpu(x, weight, cos, sin, eps, offset, interleaved, dtype)
-    return _in_torch(x, weight, cos, sin, eps, offset, interleaved).to(dtype)
+    weight = None if weight is None else upcast(weight)
+    cos, sin = (upcast(t)[:, :, None] for t in (cos, sin))
+    form: dict[str, Any] = {"offset": offset, "interleaved": interleaved}
+    return op.reference(upcast(x), weight, cos, sin, eps, **form).to(dtype)
 
 
 @torch.library.custom_op("moe_compile::normed_rotary_backward", mutates_args=())
@@ -110,14 +113,16 @@ def turn_normed_backward(
     if x.is_cuda:
         return _backward_on_gpu(grad, x, weight, cos, sin, eps, offset, interleaved)
 
-    def run(x: Tensor, *weights: Tensor) -> Tensor:
-        own = weights[0] if weights else None
-        return _in_torch(x, own, cos, sin, eps, offset, interleaved)
-
-    given = (x,) if weight is None else (x, weight)
-    out, pull_back, *_ = torch.func.vjp(run, *given)
-    grad_x, *rest = pull_back(grad.to(out.dtype))
-    return grad_x.contiguous(), rest[0] if rest else x.new_empty(0)
+    normed, inverse = _normed(x, eps)
+    turned = _turned_back(
+        upcast(grad), upcast(cos)[:, :, None], upcast(sin)[:, :, None], interleaved
+    )
+    of_weight = x.new_empty(0)
+    if weight is not None:
+        of_weight = (turned * normed).sum((0, 1, 2)).to(weight.dtype)
+        turned = turned * (upcast(weight) + offset)
+    along = (turned * normed).mean(-1, keepdim=True)
+    return (inverse * (turned - normed * along)).to(x.dtype).contiguous(), of_weight
 
 
 @torch.library.custom_op("moe_compile::normed_rotary_angles_backward", mutates_args=())
@@ -133,27 +138,38 @@ def turn_normed_angles_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of cos and sin, which training does not want: in plain torch everywhere."""
 
-    def run(cos: Tensor, sin: Tensor) -> Tensor:
-        return _in_torch(x, weight, cos, sin, eps, offset, interleaved)
+    normed, _ = _normed(x, eps)
+    scaled = normed if weight is None else normed * (upcast(weight) + offset)
+    own, upstream = _pairs(scaled, interleaved), upcast(grad).chunk(2, dim=-1)
+    of_cos = torch.cat([g * n for g, n in zip(upstream, own, strict=True)], dim=-1).sum(2)
+    of_sin = torch.cat((-upstream[0] * own[1], upstream[1] * own[0]), dim=-1).sum(2)
+    if cos.shape[-1] < x.shape[-1]:  # one angle for both of a pair
+        of_cos, of_sin = (t.unflatten(-1, (2, -1)).sum(-2) for t in (of_cos, of_sin))
+    return of_cos.to(cos.dtype), of_sin.to(sin.dtype)
 
-    out, pull_back, *_ = torch.func.vjp(run, cos, sin)
-    grad_cos, grad_sin = pull_back(grad.to(out.dtype))
-    return grad_cos.contiguous(), grad_sin.contiguous()
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square, and one over that, in float32 or wider."""
+    wide = upcast(x)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * inverse, inverse
 
 
-def _in_torch(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    offset: float,
-    interleaved: bool,
-) -> Tensor:
-    """What the kernels compute, in float32 or wider."""
-    x, cos, sin = upcast(x), upcast(cos)[:, :, None], upcast(sin)[:, :, None]
-    weight = None if weight is None else upcast(weight)
-    return op.reference(x, weight, cos, sin, eps, offset=offset, interleaved=interleaved)
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second of every pair."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second
+
+
+def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The gradient of what was turned."""
+    first, second = grad.chunk(2, dim=-1)
+    is_full = cos.shape[-1] == grad.shape[-1]
+    (cos1, cos2), (sin1, sin2) = (t.chunk(2, dim=-1) if is_full else (t, t) for t in (cos, sin))
+    pairs = first * cos1 + second * sin2, second * cos2 - first * sin1
+    return torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
 
 
 def _forward_on_gpu(

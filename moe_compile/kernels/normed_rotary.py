@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.kernels.visible import Wrap, as_it_is, show_kernels
 from moe_compile.ops.canonical import upcast
@@ -23,17 +24,28 @@ def misfit(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> str | 
     """Why the kernels do not take such tensors; None where they do. Sizes may be symbolic."""
     given = (x, cos, sin) if weight is None else (x, weight, cos, sin)
     strange = next((t.dtype for t in given if t.dtype not in _DTYPES), None)
-    width, angles = x.shape[-1], _with_four_sizes(cos).shape
     if strange is not None:
         return f"it takes bfloat16, float16 and float32: got {strange}"
-    if x.dim() != 4 or cos.dim() > 4 or sin.shape != cos.shape:
+    if x.dim() != 4 or not 0 < cos.dim() <= 4:
         return f"it takes heads in four dimensions: got {x.dim()}, and angles in {cos.dim()}"
+    width, angles = x.shape[-1], [*[1] * (4 - cos.dim()), *cos.shape]
     if width % 2 or width > _MAX_WIDTH or angles[3] not in (width, width // 2):
         return f"it turns whole heads of even widths up to {_MAX_WIDTH}: got {width}"
-    places: list[Any] = list(angles[1:3])
-    if not any(isinstance(size, int) and size == 1 for size in places):
+    spread = all(
+        _equal(1, size) or _equal(own, size)
+        for own, size in zip(x.shape[:3], angles[:3], strict=True)
+    )
+    alike = cos.dim() == sin.dim() and all(map(_equal, cos.shape, sin.shape))
+    if not spread or not alike:
+        return f"it takes the angles of each token: got {angles} for {list(x.shape)}"
+    if not (_equal(1, angles[1]) or _equal(1, angles[2])):
         return "it takes the same angles for all heads of a token"
     return None
+
+
+def _equal(size: int, other: int) -> bool:
+    """Whether two sizes are known to be equal."""
+    return statically_known_true(size == other)
 
 
 def normed_rotary(
@@ -51,20 +63,15 @@ def normed_rotary(
     dtype = torch.promote_types(_dtype_of_norm(x, weight, cast_first, offset), cos.dtype)
     cos, sin = _with_four_sizes(cos), _with_four_sizes(sin)
     if cos.shape[1] != 1:  # [B, S, 1, D]
-        cos, sin = (_of_tokens(t.squeeze(2), x) for t in (cos, sin))
+        cos, sin = cos.squeeze(2), sin.squeeze(2)
         return turn_normed(x, weight, cos, sin, eps, offset, interleaved, dtype)
     x = x.transpose(1, 2)
-    cos, sin = (_of_tokens(t.squeeze(1), x) for t in (cos, sin))
+    cos, sin = cos.squeeze(1), sin.squeeze(1)
     return turn_normed(x, weight, cos, sin, eps, offset, interleaved, dtype).transpose(1, 2)
 
 
 def _with_four_sizes(angles: Tensor) -> Tensor:
     return angles[(None,) * (4 - angles.dim())]
-
-
-def _of_tokens(angles: Tensor, x: Tensor) -> Tensor:
-    """[B, S, ...] of every token, without a copy."""
-    return angles.expand(x.shape[0], x.shape[1], -1)
 
 
 def _dtype_of_norm(
@@ -86,7 +93,7 @@ def turn_normed(
     interleaved: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Args: x: [B, S, heads, D]. cos, sin: [B, S, D/2] or [B, S, D]. dtype: of the result.
+    """Args: x: [B, S, heads, D]. cos, sin: of B or 1, S or 1, D/2 or D. dtype: of the result.
 
     Returns: [B, S, heads, D], fresh and contiguous.
     """
@@ -145,6 +152,7 @@ def turn_normed_angles_backward(
     of_sin = torch.cat((-upstream[0] * own[1], upstream[1] * own[0]), dim=-1).sum(2)
     if cos.shape[-1] < x.shape[-1]:  # one angle for both of a pair
         of_cos, of_sin = (t.unflatten(-1, (2, -1)).sum(-2) for t in (of_cos, of_sin))
+    of_cos, of_sin = of_cos.sum_to_size(cos.shape), of_sin.sum_to_size(sin.shape)
     return of_cos.to(cos.dtype), of_sin.to(sin.dtype)
 
 

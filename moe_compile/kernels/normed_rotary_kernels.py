@@ -182,7 +182,7 @@ def forward(
     out = x.new_empty(x.shape, dtype=dtype)
     form = _form(x, weight, cos, interleaved)
     sizes = _sizes(x)
-    strides = *x.stride()[:3], *cos.stride()[:2]
+    strides = *x.stride()[:3], *_strides_of_angles(cos)
     scalars = 1 / x.shape[-1], eps, offset
     grid = (at_least_one(triton.cdiv(sizes[0], form["block"])),)
     given = x, x if weight is None else weight.contiguous(), cos, sin, out
@@ -207,7 +207,7 @@ def backward(
     programs = _PROGRAMS * _multiprocessors(x.device)
     grad_x = x.new_empty(x.shape)
     parts = x.new_empty(0 if weight is None else programs, x.shape[-1], dtype=torch.float32)
-    strides = *grad.stride()[:3], *x.stride()[:3], *cos.stride()[:2]
+    strides = *grad.stride()[:3], *x.stride()[:3], *_strides_of_angles(cos)
     scalars = 1 / x.shape[-1], eps, offset
     given = grad, x, x if weight is None else weight.contiguous(), cos, sin, grad_x, parts
     form = _form(x, weight, cos, interleaved)
@@ -219,6 +219,12 @@ def backward(
 
 def _with_whole_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides_of_angles(cos: Tensor) -> tuple[int, ...]:
+    """Of batch and position; what is the same for all of them is not moved along."""
+    sizes = zip(cos.shape[:2], cos.stride()[:2], strict=True)
+    return tuple(0 if size == 1 else stride for size, stride in sizes)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

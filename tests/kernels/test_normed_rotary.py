@@ -122,7 +122,7 @@ def test_gradients_and_contracts() -> None:
     for offset in (0.0, 1.0):
         run = functools.partial(normed_rotary, eps=EPS, offset=offset)
         assert torch.autograd.gradcheck(run, leaves)
-    angles = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+    angles = [torch.randn(1, 5, 4, requires_grad=True) for _ in range(2)]
     heads = torch.randn(2, 3, 5, 8).transpose(1, 2).requires_grad_()
     for weight in (torch.randn(8, requires_grad=True), None):
         given = (heads, weight, *angles, EPS, 0.0, True, torch.float32)
@@ -142,6 +142,7 @@ def test_compiles_for_any_sizes() -> None:
     [
         ((2, 3, 5, 8), (2, 1, 5, 8), torch.float64, "it takes bfloat16, float16 and float32"),
         ((2, 3, 5, 8), (2, 3, 5, 8), torch.float32, "the same angles for all heads"),
+        ((1, 3, 5, 8), (2, 1, 5, 8), torch.float32, "the angles of each token"),
         ((2, 3, 5, 9), (2, 1, 5, 9), torch.float32, "even widths"),
         ((2, 3, 5, 8), (2, 1, 5, 2), torch.float32, "whole heads"),
         ((2, 3, 5, 2048), (2, 1, 5, 2048), torch.float32, "up to 1024"),

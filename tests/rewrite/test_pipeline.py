@@ -88,7 +88,7 @@ def test_a_pipeline_is_not_changed() -> None:
 
 def test_a_pipeline_is_a_sequence_of_its_passes() -> None:
     assert [step.name for step in PIPELINE] == NAMES
-    assert len(PIPELINE) == len(NAMES) == 9
+    assert len(PIPELINE) == len(NAMES) == 10
     assert PIPELINE["lower"] == Lower()
     assert Pipeline(SMALL.passes, SMALL.needs_at_end) == SMALL
 

@@ -162,3 +162,19 @@ def test_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         theirs = step(models.original, **inputs())
     check_close(mine, theirs, 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_a_model_on_a_gpu(compile: bool) -> None:
+    model = build("qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0, 1]).to("cuda")
+    models = make_pair(model, OptimizeConfig(compile=compile, measure=False))
+    sites = [s for s in moe_compile.report(models.optimized).sites if s.kind == "rope"]
+    assert {(s.pattern, s.status, s.provider) for s in sites} == {
+        ("normed_rotary", "rewritten", "torch")
+    }
+    ids = token_ids().to("cuda")
+    call: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    check_close(step(models.optimized, **call), step(models.original, **call), 1e-4)

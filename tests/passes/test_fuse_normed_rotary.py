@@ -169,8 +169,8 @@ def test_under_autocast() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_a_model_on_a_gpu(compile: bool) -> None:
-    model = build("qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0, 1]).to("cuda")
-    models = make_pair(model, OptimizeConfig(compile=compile, measure=False))
+    model: Any = build("qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0, 1])
+    models = make_pair(model.to("cuda"), OptimizeConfig(compile=compile, measure=False))
     sites = [s for s in moe_compile.report(models.optimized).sites if s.kind == "rope"]
     assert {(s.pattern, s.status, s.provider) for s in sites} == {
         ("normed_rotary", "rewritten", "torch")

@@ -7,12 +7,12 @@ python benchmarks/ops.py --tiny                          # a CPU will do: tiny s
 `hf` is transformers' formula, `moe_compile` the implementation that the library lowers the op to;
 each eager and compiled by itself. TransformerEngine (`te`) and Liger are timed where they can be
 imported. Beside the ops: `add_norm` (the sum with the residual, and its norm) and `qk_norm_rotary`
-(norm and rotary of query and key), as models call them. Times are means of calls that were
-launched before the device began, so without the launches. GB/s count each input read and each
-output written once, TFLOP/s the products alone, attention's without what its mask hides; the
-forward of the loss makes no gradients. The shares are of a copy of 1 GiB and of an 8192^3 product,
-measured first. Errors are relative L2 against the op's first way, the worst of outputs and
-gradients.
+(norm and rotary of query and key; by one kernel, or as two ops), as models call them. Times are
+means of calls that were launched before the device began, so without the launches. GB/s count each
+input read and each output written once, TFLOP/s the products alone, attention's without what its
+mask hides; the forward of the loss makes no gradients. The shares are of a copy of 1 GiB and of an
+8192^3 product, measured first. Errors are relative L2 against the op's first way, the worst of
+outputs and gradients.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from moe_compile.ops import dispatch, experts, start_dispatch
+from moe_compile.ops import dispatch, experts, rotary, start_dispatch
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.patterns import (
     BatchedExperts,
@@ -44,9 +44,14 @@ def _chunked(graph: fx.Graph) -> bool:
     return not any(node.target is dispatch for node in graph.nodes)
 
 
+def _fused(graph: fx.Graph) -> bool:
+    return all("stays" in node.meta for node in graph.nodes if node.target is rotary)
+
+
 NORMALIZED = Fact("normalized", is_normal)
 NORMS_RAISED = none_left("norms_raised", RMSNorm(), RespelledNorm())
 ROTARY_RAISED = none_left("rotary_raised", RotaryHalf(), RotarySplit())
+NORMED_ROTARY_FUSED = Fact("normed_rotary_fused", _fused)
 ATTENTION_RAISED = none_left("attention_raised", SDPAAttention(), EagerAttention())
 MLPS_RAISED = none_left("mlps_raised", GatedMLP())
 EXPERTS_RAISED = none_left(

@@ -6,6 +6,7 @@ from moe_compile.patterns.expert_loop import ExpertLoop
 from moe_compile.patterns.gated_mlp import GatedMLP
 from moe_compile.patterns.gathered_experts import GatheredExperts
 from moe_compile.patterns.grouped_experts import GroupedExperts
+from moe_compile.patterns.normed_rotary import NormedRotary
 from moe_compile.patterns.respelled_norm import RespelledNorm
 from moe_compile.patterns.rms_norm import RMSNorm
 from moe_compile.patterns.rotary_half import RotaryHalf
@@ -20,6 +21,7 @@ __all__ = [
     "GatedMLP",
     "GatheredExperts",
     "GroupedExperts",
+    "NormedRotary",
     "RMSNorm",
     "RespelledNorm",
     "RotaryHalf",

@@ -8,6 +8,7 @@ from moe_compile.ops.experts import experts
 from moe_compile.ops.fp8_linear import fp8_linear
 from moe_compile.ops.gated_mlp import gated_mlp
 from moe_compile.ops.linear_cross_entropy import linear_cross_entropy
+from moe_compile.ops.normed_rotary import normed_rotary
 from moe_compile.ops.rms_norm import rms_norm
 from moe_compile.ops.rotary import rotary
 from moe_compile.ops.start_combine import start_combine
@@ -34,6 +35,7 @@ __all__ = [
     "fp8_linear",
     "gated_mlp",
     "linear_cross_entropy",
+    "normed_rotary",
     "rms_norm",
     "rotary",
     "start_combine",

@@ -71,6 +71,7 @@ def _of_rows(vectors: Tensor, expert: Tensor) -> Tensor:
 
 _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.experts: _experts,
+    ops.normed_rotary: ops.normed_rotary.reference,
     ops.rms_norm: ops.rms_norm.reference,
 }
 """Those of which the provider `torch` has something else."""

@@ -25,6 +25,7 @@ from moe_compile.kernels.fp8 import (
 )
 from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
+from moe_compile.kernels.normed_rotary import misfit, normed_rotary
 from moe_compile.ops import fp8
 from moe_compile.ops.attention import band
 from moe_compile.ops.canonical import CanonicalOp
@@ -261,6 +262,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.fp8_linear: fp8_linear,
     ops.gated_mlp: ops.gated_mlp.reference,
     ops.linear_cross_entropy: linear_cross_entropy,
+    ops.normed_rotary: normed_rotary,
     ops.rms_norm: _rms_norm,
     ops.rotary: ops.rotary.reference,
 }
@@ -288,6 +290,8 @@ class TorchProvider:
         if op is ops.attention and call.autocast is not None:
             return None  # autocast gives every argument its dtype
         arguments = call.arguments(op)
+        if op is ops.normed_rotary:
+            return _without_normed_rotary(arguments)
         if (problem := _fp8_problem(op, arguments, call.autocast)) is not None:
             return Refuse(problem)
         names = _SAME_DTYPE.get(op, ())
@@ -305,3 +309,11 @@ class TorchProvider:
     def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
         """The implementation of `op`."""
         return _IMPLEMENTATIONS[op]
+
+
+def _without_normed_rotary(arguments: dict[str, Any]) -> Refuse | None:
+    """Without its kernels, it is no other than the two ops that it is made of."""
+    tensors = (arguments[name] for name in ("x", "weight", "cos", "sin"))
+    device = arguments["x"].device.type
+    reason = misfit(*tensors) if device == "cuda" else f"its kernels run on cuda: got {device}"
+    return None if reason is None else Lacks(f"torch has none of its own: {reason}")

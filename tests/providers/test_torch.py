@@ -6,10 +6,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_compile.ops import CanonicalOp, attention, experts, gated_mlp, rms_norm, rotary
-from moe_compile.providers.provider import Call
+from moe_compile.ops import (
+    CanonicalOp,
+    attention,
+    experts,
+    gated_mlp,
+    normed_rotary,
+    rms_norm,
+    rotary,
+)
+from moe_compile.providers.formula import FormulaProvider
+from moe_compile.providers.provider import Call, Lacks
 from moe_compile.providers.torch import TorchProvider
 
 PROVIDER = TorchProvider()
@@ -75,6 +85,18 @@ def test_rms_norm_without_weight() -> None:
 def test_rotary_and_gated_mlp_are_their_references() -> None:
     assert PROVIDER.implementation(rotary) is rotary.reference
     assert PROVIDER.implementation(gated_mlp) is gated_mlp.reference
+
+
+def test_normed_rotary_is_taken_where_there_are_kernels() -> None:
+    for device, takes in (("cpu", False), ("cuda", True)):
+        with FakeTensorMode():
+            x, of_one = (torch.empty(*size, 3, 5, 8, device=device) for size in ((2,), ()))
+            angles = [torch.empty(2, 1, 5, 8, device=device) for _ in range(2)]
+        for provider in (PROVIDER, FormulaProvider()):
+            heads, head = (Call((t, None, *angles, 1e-6)) for t in (x, of_one))
+            assert (provider.supports(normed_rotary, heads) is None) == takes
+            assert isinstance(provider.supports(normed_rotary, head), Lacks)
+    assert FormulaProvider().implementation(normed_rotary) is normed_rotary.reference
 
 
 def masks(queries: int, keys: int) -> dict[str, Tensor | None]:

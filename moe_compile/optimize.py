@@ -280,8 +280,8 @@ def _plan(model: nn.Module, config: OptimizeConfig, work: Work) -> list[str]:
         for line in graph_lines(unit.graph, work.device, unit.ep and unit.ep.group)
     ]
     options = _without_addresses(repr(config))
-    # What was timed decides nothing any more, and each rank has its own words for what failed.
-    sites = [str(replace(site, timings=())) for site in _summary(work).sites]
+    # What was measured decides nothing any more; each rank has its own words for what failed.
+    sites = [str(replace(site, timings=(), error=None)) for site in _summary(work).sites]
     return [options, str(work.layout), *sites, *state, *graphs]
 
 

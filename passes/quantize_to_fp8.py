@@ -15,6 +15,7 @@ from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED, NORMALIZED, PLANNE
 from moe_compile.providers.provider import Call
 from moe_compile.providers.registry import refusals_of
 from moe_compile.rewrite.anchors import is_selection
+from moe_compile.rewrite.chosen_experts import PRODUCTS
 from moe_compile.rewrite.normal_form import aten
 from moe_compile.rewrite.pipeline import Pass
 from moe_compile.rewrite.refuse import Refuse
@@ -86,13 +87,22 @@ def _check_device(device: torch.device) -> None:
 
 
 def _routing(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed for nothing but a selection, and the experts' ids and weights."""
-    found: set[fx.Node] = set()
+    """What is computed for nothing but a selection, and the last product on the way to one.
+
+    That has other users where a layer computes a loss of its router's scores.
+    """
+    alone, last = set[fx.Node](), set[fx.Node]()
     for node in reversed(graph.nodes):
         users = [user for user in node.users if user.target not in (enter, exit)]
-        if users and all(user in found or _routes(user, node) for user in users):
-            found.add(node)
-    return found
+        if users and all(user in alone or _routes(user, node) for user in users):
+            alone.add(node)
+        if any(_routes(user, node) or (user in last and not _is_product(user)) for user in users):
+            last.add(node)
+    return alone | last
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in PRODUCTS or isinstance(node.target, CanonicalOp)
 
 
 def _routes(user: fx.Node, node: fx.Node) -> bool:

@@ -97,6 +97,23 @@ def test_products_become_eight_bit() -> None:
     }
 
 
+class WithLoss(Layer):
+    """Its router's scores also have a loss."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.router(self.hidden(x).relu())
+        weights, ids = scores.softmax(-1).topk(2)
+        return self.experts(x, ids, weights) + self.mlp(self.first(x)), scores.logsumexp(
+            -1
+        ).square().mean()
+
+
+def test_a_router_whose_scores_have_a_loss_stays() -> None:
+    unit = placed(WithLoss())
+    assert QuantizeToFP8().run(unit) == 4
+    assert unit.not_quantized == {"router": "it routes tokens"}
+
+
 def test_a_gated_mlp_of_which_a_part_is_refused_stays() -> None:
     unit = placed(Layer(width=24))
     assert QuantizeToFP8().run(unit) == 2

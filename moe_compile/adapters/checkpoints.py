@@ -1,7 +1,7 @@
 """Everything that moe_compile knows of how transformers and PEFT lay out checkpoints.
 
 Private names used; they are those behind `from_pretrained` and `save_pretrained`, so without one of
-them saving from several ranks, or `load_pretrained`, fails with its name:
+them saving from several ranks, or `load_pretrained`, fails with its name, unless it says otherwise:
 
 * `core_model_loading`: `WeightConverter`, `WeightRenaming`, `PrefixChange`, `rename_source_key`,
   `dot_natural_key`; and `conversion_mapping.get_model_conversion_mapping`: what checkpoints call
@@ -11,13 +11,15 @@ them saving from several ranks, or `load_pretrained`, fails with its name:
   `modeling_utils.remove_tied_weights_from_state_dict`: keys that are not stored.
 * `PreTrainedModel.initialize_weights` and the flag `_is_hf_initialized`: the values of buffers that
   are not stored.
-* `PreTrainedModel._get_dtype_plan`: which tensors of a half-precision model stay in float32.
+* `PreTrainedModel._get_dtype_plan`: which tensors of a half-precision model stay in float32; without
+  it a model on the meta device keeps the dtypes it was built with, and a warning says so.
 * `PreTrainedModel._hf_peft_config_loaded`: whether only adapters are saved.
 """
 
 import contextlib
 import copy
 import functools
+import logging
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moe_compile.adapters.transformers import base_model, is_pretrained
+
+_LOG = logging.getLogger(__name__)
 
 Read = Callable[[str], Tensor]
 """Gives a tensor by its name."""
@@ -74,6 +78,13 @@ def settle_dtypes(model: nn.Module) -> None:
     if not is_pretrained(model) or not all(p.is_meta for p in model.parameters()):
         return
     base: Any = base_model(model)
+    if not hasattr(base, "_get_dtype_plan"):
+        _LOG.warning(
+            "this release of transformers does not say which tensors of %s stay in float32: they "
+            "keep the dtypes that it was built with on the meta device",
+            type(base).__name__,
+        )
+        return
     for pattern, dtype in base._get_dtype_plan(base.dtype).items():
         for name, tensor in base.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():

@@ -11,8 +11,8 @@ them saving from several ranks, or `load_pretrained`, fails with its name, unles
   `modeling_utils.remove_tied_weights_from_state_dict`: keys that are not stored.
 * `PreTrainedModel.initialize_weights` and the flag `_is_hf_initialized`: the values of buffers that
   are not stored.
-* `PreTrainedModel._get_dtype_plan`: which tensors of a half-precision model stay in float32; without
-  it a model on the meta device keeps the dtypes it was built with, and a warning says so.
+* `PreTrainedModel._get_dtype_plan`: which tensors of a half-precision model stay in float32;
+  without it a model on the meta device keeps those that it was built with, and a warning says so.
 * `PreTrainedModel._hf_peft_config_loaded`: whether only adapters are saved.
 """
 

@@ -107,6 +107,11 @@ def crossed(x: Tensor) -> Tensor:
     return x * (x[:, 0] * x[:, :1])[:, :1]
 
 
+def paired(x: Tensor) -> Tensor:
+    """[T, 1, 1] * [T, H] is [T, T, H]: a product of every two tokens, which are then added up."""
+    return (x[:, :1].unsqueeze(-1) * x).sum(1)
+
+
 def mean_of_all(x: Tensor) -> Tensor:
     return x * x.mean((0, 1), keepdim=True)
 
@@ -125,6 +130,7 @@ MIXING = {
     accumulated: "aten.cumsum.default in the activation may mix tokens",
     sorted_rows: ".* in the activation may mix tokens",
     crossed: ".* in the activation may mix tokens",
+    paired: "aten.mul.Tensor in the activation may mix tokens",
 }
 
 

@@ -50,9 +50,10 @@ Options:
                     any rank; `against` is the worst error of anything against moe_all_to_all
     --curve N       N steps on a text's bytes, every peer from the same weights on the same data,
                     and how far each loss is from the first peer's (hf, moe_deepep)
-    --trace FOLDER  a profiler's trace of one step of every peer, a file for each rank, and how many
-                    microseconds of rank 0's communication ran while something was computed: on a
-                    GPU, kernels; on a CPU, gloo's exchanges beside products
+    --trace FOLDER  a profiler's trace of one step of every peer, a file for each rank, and for how
+                    many microseconds rank 0's tokens travelled while something was computed: on a
+                    GPU, kernels (of all_to_all NCCL's, FSDP2's too); on a CPU, gloo's exchanges
+                    beside products
     --dispatch      dispatch and combine alone: 8192 tokens of width 2048 on each rank, top 8 of
                     128 experts; bytes are the rows that a rank must send to others
 
@@ -347,9 +348,10 @@ def curve_table(args: argparse.Namespace) -> str:
 
 def trace_table(args: argparse.Namespace) -> str:
     """What of the communication of each peer ran beside computation."""
-    header = ("peer", "batch", "communication", "beside computation", "computation", "step")
+    times = ("travels", "beside computation", "computation", "step")
+    header = ("peer", "batch", *times, "longest beside each other")
     rows = [
-        (peer, str(batch), *(f"{microseconds:,.0f} us" for microseconds in found))
+        (peer, str(batch), *(f"{microseconds:,.0f} us" for microseconds in found[:-1]), found[-1])
         for batch in args.batch
         for peer in args.peers or PEERS
         if (found := launch(peer, batch, args, trace=args.trace)) is not None

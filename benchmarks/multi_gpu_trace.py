@@ -14,14 +14,17 @@ from torch.profiler import ProfilerActivity, profile
 
 Span = tuple[float, float]
 
-COMMUNICATION = ("nccl", "deep_ep", "gloo:")
-"""What the names of exchanges hold: NCCL's and DeepEP's kernels, and gloo's on a CPU."""
+_NAME = 40
+"""The letters of a kernel's name that are shown."""
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm")
 
 
-def trace(args: argparse.Namespace) -> list[float]:
-    """Microseconds of this rank: communication, what of it is beside computation, that, and all."""
+def trace(args: argparse.Namespace) -> list[float | str]:
+    """Microseconds of this rank: tokens' travels, what of it is beside computation, that, and all.
+
+    Last, which two kernels ran beside each other for longest.
+    """
     peer, rank = args.peers[0], dist.get_rank()
     model = build(peer, args)
     generator = torch.Generator().manual_seed(rank + 1)
@@ -37,7 +40,14 @@ def trace(args: argparse.Namespace) -> list[float]:
     args.trace.mkdir(parents=True, exist_ok=True)
     file = args.trace / f"{peer}-{args.batch[0]}-rank{rank}.json"
     found.export_chrome_trace(str(file))
-    return measured(file, on_gpu=not args.tiny)
+    return measured(file, travel(peer, args.tiny), on_gpu=not args.tiny)
+
+
+def travel(peer: str, tiny: bool) -> str:
+    """What the names of a peer's exchanges of tokens hold; of NCCL's kernels, also FSDP2's."""
+    if tiny:
+        return "gloo:"
+    return "deep_ep" if peer.startswith(("moe_deepep", "automodel")) else "nccl"
 
 
 def step(peer: str, model: Any, ids: Tensor) -> None:
@@ -46,19 +56,35 @@ def step(peer: str, model: Any, ids: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def measured(file: Path, *, on_gpu: bool) -> list[float]:
+def measured(file: Path, word: str, *, on_gpu: bool) -> list[float | str]:
     """The microseconds of a trace: see `trace`."""
     events = [e for e in json.loads(file.read_text())["traceEvents"] if e.get("ph") == "X"]
     kernels = [e for e in events if e.get("cat") == "kernel"] if on_gpu else events
-    exchanges = [e for e in kernels if any(word in e["name"] for word in COMMUNICATION)]
+    exchanges = [e for e in kernels if word in e["name"]]
     if on_gpu:
-        computing = [e for e in kernels if e not in exchanges]
+        computing = [e for e in kernels if word not in e["name"] and "nccl" not in e["name"]]
     else:
         computing = [e for e in kernels if e["name"] in PRODUCTS]
     away, busy = spans(exchanges), spans(computing)
     both = merged(away + busy)
     beside = length(away) + length(busy) - length(both)
-    return [length(away), beside, length(busy), both[-1][1] - both[0][0]]
+    whole = both[-1][1] - both[0][0]
+    return [length(away), beside, length(busy), whole, longest_pair(exchanges, computing)]
+
+
+def longest_pair(exchanges: list[dict[str, Any]], computing: list[dict[str, Any]]) -> str:
+    """The exchange and the computation that ran at the same time for longest."""
+    pairs = [(shared(a, b), a["name"], b["name"]) for a in exchanges for b in computing]
+    longest, first, second = max(pairs, default=(0.0, "", ""))
+    if longest <= 0:
+        return "-"
+    return f"{first[:_NAME]} and {second[:_NAME]}: {longest:,.0f} us"
+
+
+def shared(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """The microseconds in which both ran; none where it is negative."""
+    ends = (float(e["ts"]) + float(e["dur"]) for e in (a, b))
+    return min(ends) - max(float(a["ts"]), float(b["ts"]))
 
 
 def spans(events: Iterable[dict[str, Any]]) -> list[Span]:

@@ -65,9 +65,9 @@ def trainer_of(
     return kind(model, arguments, train_dataset=examples, eval_dataset=examples)
 
 
-def logs_of(trainer: Any, resume: Path | None = None) -> list[dict[str, float]]:
+def logs_of(trainer: Any, resume: Path | bool | None = None) -> list[dict[str, float]]:
     """Trains, and returns loss and gradient norm of each step, those before a resumption too."""
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     kept = ("loss", "grad_norm")
     return [{n: entry[n] for n in kept} for entry in trainer.state.log_history if "loss" in entry]
 

@@ -5,6 +5,8 @@ transformers, but for `save_model`; where one of them is gone, Trainer does what
 and `save_pretrained` says that the other ranks did not come.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ else:
     _Trainer = object
 
 _FOLDER = "state"
+_WRITTEN_LAST = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class TrainerMixin(_Trainer):
@@ -32,6 +36,24 @@ class TrainerMixin(_Trainer):
     A checkpoint's folder has what `save_pretrained` writes, and in `state` what a run needs to go
     on, for any mesh: see `moe_compile.save_state`. Under PEFT only what is trained is in `state`.
     """
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains as Trainer does; True resumes from the last checkpoint that was finished.
+
+        Raises:
+            ValueError: none was.
+        """
+        if resume_from_checkpoint is True:
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_finished(Path(folder or ""))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"Trainer got resume_from_checkpoint=True, and {folder} has no checkpoint that "
+                    "was finished; it takes one; leave it out to begin anew"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as Trainer does; every rank calls it, as Trainer's own loop does."""
@@ -66,7 +88,7 @@ class TrainerMixin(_Trainer):
         if not load_state(folder, *own, scheduler=self._own_scheduler()):
             raise ValueError(
                 f"Trainer got {checkpoint} to resume from, which was not finished; it takes a "
-                "whole checkpoint; remove it, and resume from the one before"
+                "whole checkpoint; resume from the one before, as resume_from_checkpoint=True does"
             )
 
     def _load_best_model(self) -> None:
@@ -84,6 +106,22 @@ class TrainerMixin(_Trainer):
     def _own_optimizer(self) -> Any:
         """Without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def last_finished(folder: Path) -> str | None:
+    """The checkpoint of the most steps in a Trainer's folder whose save was not cut off."""
+    found = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    finished = filter(_is_finished, found)
+    last = max(finished, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return None if last is None else str(last)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _WRITTEN_LAST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _is_wrapped(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 import moe_compile
+from moe_compile.adapters.trainer import last_finished
 from tests.parallel.models import optimized, small
 from tests.ranks import on_ranks
 from tests.trainers import logs_of, trainer_of
@@ -66,6 +67,23 @@ WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]
     "trl": (trl_trainer_of, TrlOnRanks, model_of),
     "trl_lora": (trl_trainer_of, TrlOnRanks, lora_model),
 }
+
+
+def test_resumes_from_the_last_checkpoint_that_was_finished(tmp_path: Path) -> None:
+    """A save that is killed leaves no file that is written last, or a part of it."""
+    options = OPTIONS | {"save_steps": 1}
+    whole = logs_of(trainer_of(model_of(), tmp_path, kind=OnRanks, **options))
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"epoch":')
+    assert last_finished(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert logs_of(trainer_of(model_of(seed=1), tmp_path, kind=OnRanks, **options), True) == whole
+
+
+def test_nothing_to_resume_from_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_of(model_of(), tmp_path, kind=OnRanks, **OPTIONS)
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="has no checkpoint that was finished; it takes one"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def train_and_resume(folder: Path, way: str) -> Logs:

@@ -105,15 +105,8 @@ class _Product(torch.autograd.Function):
         return grad_x.to(x.dtype), (grad @ inputs.mT).to(weight.dtype), None
 
 
-class _ExpertProduct(torch.autograd.Function):
+class _ExpertProduct(_Product):
     """The same, but for the weight's gradient, which is exact."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scaling: Scaling) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.scaling = scaling
-        operands = rounded(x, E4M3, scaling.rows), rounded(weight, E4M3, scaling.weight).mT
-        return _in_float32(*operands).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -21,16 +21,25 @@ from moe_compile.fuzz.spec import BlockSpec
 from tests.ranks import on_ranks
 
 RANKS = 2
-SAMPLE = [4, pytest.param(24, marks=pytest.mark.matrix)]
+SAMPLE = [
+    4,
+    pytest.param(24, marks=pytest.mark.matrix),
+    pytest.param(480, marks=pytest.mark.long),
+]
+AT_ONCE = 24
+"""Blocks of one pair of processes."""
 
 
 @pytest.mark.parametrize("blocks", SAMPLE)
 def test_a_step_is_that_of_one_process(blocks: int) -> None:
     divisible = (seed for seed in itertools.count() if draw(seed).experts % RANKS == 0)
     seeds = list(itertools.islice(divisible, blocks))
-    (spread, problems), *_ = on_ranks(RANKS, judged, seeds)
-    assert problems == {}
-    assert spread > blocks // 2
+    judgements = [
+        on_ranks(RANKS, judged, seeds[start : start + AT_ONCE])[0]
+        for start in range(0, blocks, AT_ONCE)
+    ]
+    assert [problems for _, problems in judgements if problems] == []
+    assert sum(spread for spread, _ in judgements) > blocks // 2
 
 
 def judged(seeds: list[int]) -> tuple[int, dict[int, str]]:

@@ -1,6 +1,7 @@
 """What another release of transformers may lack."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tests.families import build
 def test_a_release_without_a_plan_of_dtypes_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = build("mixtral", torch.bfloat16).to("meta")
+    model: Any = build("mixtral", torch.bfloat16)
+    model.to("meta")
     monkeypatch.delattr(PreTrainedModel, "_get_dtype_plan")
     with caplog.at_level(logging.WARNING):
         settle_dtypes(model)

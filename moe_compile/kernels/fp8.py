@@ -19,7 +19,7 @@ from moe_compile.ops.fp8 import (
     Recipe,
     Scaling,
     dequantize,
-    in_autocast,
+    linear,
     quantize,
 )
 
@@ -187,13 +187,11 @@ def fp8_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: Recipe = "current"
 ) -> Tensor:
     """`ops.fp8_linear`."""
-    x = in_autocast(x)
-    rows, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
-    if rows.shape[0] == 0:
-        return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(rows, weight, SCALINGS[recipe])
-    out = out.view(*x.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias.to(out.dtype)
+    return linear(_product, x, weight, bias, recipe)
+
+
+def _product(rows: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    return _Linear.apply(rows, weight, SCALINGS[recipe])
 
 
 class _GroupedLinear(torch.autograd.Function):

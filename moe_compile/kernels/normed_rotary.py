@@ -180,39 +180,15 @@ def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> T
     return torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
 
 
-def _forward_on_gpu(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    offset: float,
-    interleaved: bool,
-    dtype: torch.dtype,
-    *,
-    wrap: Wrap = as_it_is,
-) -> Tensor:
+def _forward_on_gpu(*given: Any, wrap: Wrap = as_it_is) -> Tensor:
     from moe_compile.kernels import normed_rotary_kernels  # needs Triton
 
-    given = (x, weight, cos, sin, eps, offset, interleaved, dtype)
     return normed_rotary_kernels.forward(*given, wrap=wrap)
 
 
-def _backward_on_gpu(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    offset: float,
-    interleaved: bool,
-    *,
-    wrap: Wrap = as_it_is,
-) -> tuple[Tensor, Tensor]:
+def _backward_on_gpu(*given: Any, wrap: Wrap = as_it_is) -> tuple[Tensor, Tensor]:
     from moe_compile.kernels import normed_rotary_kernels
 
-    given = (grad, x, weight, cos, sin, eps, offset, interleaved)
     return normed_rotary_kernels.backward(*given, wrap=wrap)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.ops.fp8 import SCALINGS, Recipe, in_autocast
+from moe_compile.ops.fp8 import SCALINGS, Recipe, linear
 
 
 def library() -> Any:
@@ -108,12 +108,7 @@ def fp8_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: Recipe = "current"
 ) -> Tensor:
     """`ops.fp8_linear`."""
-    x = in_autocast(x)
-    rows, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
-    if rows.shape[0] == 0:
-        return F.linear(x, weight, bias)
-    out = te_fp8_linear(rows, weight, recipe).view(*x.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias.to(out.dtype)
+    return linear(te_fp8_linear, x, weight, bias, recipe)
 
 
 def problem(dtype: torch.dtype, weight: Tensor, recipe: Recipe) -> str | None:

@@ -4,6 +4,7 @@ A number q of a tensor stands for q * scale, where a scale belongs to a block of
 largest of the block's absolute values over the largest number of the format.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -118,8 +119,6 @@ class _ExpertProduct(_Product):
 
 def product(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     """x [T, K] @ weight[N, K].T in x's dtype, as a linear layer computes it by the recipe."""
-    if x.shape[0] == 0:
-        return x @ weight.mT
     return _Product.apply(x, weight, SCALINGS[recipe])
 
 
@@ -128,7 +127,18 @@ def expert_product(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     return _ExpertProduct.apply(x, weight, EXPERT_SCALINGS[recipe])
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that autocast gives the operands of products."""
+def linear(
+    multiply: Callable[[Tensor, Tensor, Recipe], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+) -> Tensor:
+    """x [..., K] @ weight.T + bias, by a product of rows [T, K] and a weight of their dtype."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    rows, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
+    out = multiply(rows, weight, recipe) if rows.shape[0] else rows @ weight.mT
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias.to(out.dtype)

@@ -25,7 +25,4 @@ def fp8_linear(
 
     Source: Micikevicius et al. 2022, arXiv:2209.05433; DeepSeek-AI 2024, arXiv:2412.19437.
     """
-    x = fp8.in_autocast(x)
-    out = fp8.product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), recipe)
-    out = out.view(*x.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias.to(out.dtype)
+    return fp8.linear(fp8.product, x, weight, bias, recipe)

@@ -24,6 +24,7 @@ tokens of its own, and each peer its own launch of all ranks. Peers:
     moe_..._gathered  with fsdp={"reshard_after_forward": False}: all but the experts stays gathered
                       from a layer's forward to its backward
     moe_..._joined    with layers_per_unit=4
+    moe_..._graph     with moe_compile's GraphedStep; by DeepEP it needs _bound
 
 First forward and backward are measured with fixed weights and without an optimizer, then whole
 steps with fused AdamW. Times are medians over the steps of the slowest rank, tokens/s are of
@@ -71,14 +72,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from machine import describe, markdown
-from multi_gpu_peers import build, finish_gradients, loss_of, optimizer_of, shape_of
-from one_gpu import environment
+from multi_gpu_peers import build, finish_gradients, optimizer_of, shape_of
+from one_gpu import environment, step_of
 from torch import Tensor
 
 PEERS = (
@@ -244,17 +247,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(dist.get_rank() + 1)
     shape = args.batch[0], args.length
     ids = torch.randint(shape_of(args).vocab_size, shape, generator=generator).to(args.device)
-    both, losses, peak = steps(peer, model, ids, None, args)
+    step = step_of(peer, model)
+    both, losses, peak = steps(peer, model, partial(step, ids), None, args)
     found: dict[str, Any] = {"passes": both, "tokens": ids.numel() / both, "peak": peak}
     if args.optimizer:
         optimizer = optimizer_of(model, 1e-5)
-        found["step"], more, found["peak_with"] = steps(peer, model, ids, optimizer, args)
+        found["step"], more, found["peak_with"] = steps(
+            peer, model, partial(step, ids), optimizer, args
+        )
         losses += more
     return found | {"first": losses[0], "last": losses[-1]}
 
 
 def steps(
-    peer: str, model: Any, ids: Tensor, optimizer: Any, args: argparse.Namespace
+    peer: str, model: Any, step: Callable[[], Tensor], optimizer: Any, args: argparse.Namespace
 ) -> tuple[float, list[float], float]:
     """The median time of the slowest rank, the mean losses, and the largest peak in GiB."""
     times, losses = list[float](), list[Tensor]()
@@ -264,15 +270,13 @@ def steps(
     for _ in range(args.warmup + args.steps):
         dist.barrier()
         start = now(args)
-        loss = loss_of(peer, model, ids)
-        loss.backward()
+        loss = step()
         if optimizer is not None:
             finish_gradients(peer, model, args)
             optimizer.step()
         times.append(now(args) - start)
         model.zero_grad(set_to_none=True)
-        losses.append(loss.detach().float())
-        del loss
+        losses.append(loss.float())
     peak = 0 if args.tiny else torch.cuda.max_memory_allocated() / 2**30
     *slowest, largest = over_ranks([*times, peak], "max", args)
     mean = over_ranks(torch.stack(losses).tolist(), "sum", args)

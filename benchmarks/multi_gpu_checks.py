@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepep_one_gpu import call_of, cells, errors_of, expected, picked, sizes_of, step, whole, world
-from multi_gpu_peers import build, loss_of, materialize, on_meta, optimizer_of
+from multi_gpu_peers import build, materialize, on_meta, optimizer_of
+from one_gpu import step_of
 from torch import Tensor
 
 from moe_compile import ops
@@ -55,13 +56,13 @@ def curve(args: argparse.Namespace) -> list[float]:
     peer = args.peers[0]
     model = build(peer, args)
     optimizer = optimizer_of(model, RATE)
+    step = step_of(peer, model)
     losses: list[Tensor] = []
     for number in range(args.curve):
-        loss = loss_of(peer, model, text_of(number, args))
-        loss.backward()
+        loss = step(text_of(number, args))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach().float())
+        losses.append(loss.float())
     mean = torch.stack(losses) / args.ranks
     dist.all_reduce(mean)
     return mean.tolist()

@@ -10,7 +10,6 @@ import zlib
 from collections import defaultdict
 from typing import Any
 
-import one_gpu
 import torch
 import torch.distributed as dist
 from one_gpu import config_of
@@ -198,11 +197,6 @@ def own(whole: Tensor, like: DTensor) -> Tensor:
     """What this rank keeps of a tensor that every rank has."""
     mesh, placements = like.device_mesh, like.placements
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
-
-
-def loss_of(peer: str, model: Any, ids: Tensor) -> Tensor:
-    """The loss of a batch; AutoModel's is of bfloat16 logits, as in one_gpu.py."""
-    return one_gpu.loss_of("automodel" if peer.startswith("automodel") else peer, model, ids)
 
 
 def finish_gradients(peer: str, model: Any, args: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from multi_gpu_peers import build, loss_of, shape_of
-from torch import Tensor
+from multi_gpu_peers import build, shape_of
+from one_gpu import step_of
 from torch.profiler import ProfilerActivity, profile
 
 Span = tuple[float, float]
@@ -30,11 +30,13 @@ def trace(args: argparse.Namespace) -> list[float | str]:
     generator = torch.Generator().manual_seed(rank + 1)
     shape = args.batch[0], args.length
     ids = torch.randint(shape_of(args).vocab_size, shape, generator=generator).to(args.device)
+    step = step_of(peer, model)
     for _ in range(args.warmup):
-        step(peer, model, ids)
+        step(ids)
+        model.zero_grad()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not args.tiny)
     with profile(activities=activities) as found:
-        step(peer, model, ids)
+        step(ids)
         if not args.tiny:
             torch.cuda.synchronize()
     args.trace.mkdir(parents=True, exist_ok=True)
@@ -48,12 +50,6 @@ def travel(peer: str, tiny: bool) -> str:
     if tiny:
         return "gloo:"
     return "deep_ep" if peer.startswith(("moe_deepep", "automodel")) else "nccl"
-
-
-def step(peer: str, model: Any, ids: Tensor) -> None:
-    """A forward and backward."""
-    loss_of(peer, model, ids).backward()
-    model.zero_grad(set_to_none=True)
 
 
 def measured(file: Path, word: str, *, on_gpu: bool) -> list[float | str]:

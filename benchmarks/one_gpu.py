@@ -7,10 +7,11 @@ Real widths, `--layers` of 48 layers and the whole head, random weights, the rea
 and fused AdamW; a process for each peer. `hf` is transformers with `grouped_mm`, `hf_compile` the
 same with every layer compiled, `hf_liger` that with Liger's fused linear cross-entropy, and
 `automodel` NeMo AutoModel, whose ports take no labels, so its loss is of bfloat16 logits, with
-torch's kernels and its real gate. A peer that is not installed is left out with a line; AutoModel
-wants another transformers: `AUTOMODEL` may name a folder of packages that its process sees first.
-Times are medians; a step is forward, backward and optimizer. `persistent` is what weights,
-gradients and the optimizer's states take, `peak` is everything.
+torch's kernels and its real gate; `moe_compile_graph` is moe_compile with a `GraphedStep`. A peer
+that is not installed is left out with a line; AutoModel wants another transformers: `AUTOMODEL` may
+name a folder of packages that its process sees first. Times are medians; a step is forward,
+backward and optimizer. `persistent` is what weights, gradients and the optimizer's states take,
+`peak` is everything.
 """
 
 import argparse
@@ -19,13 +20,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from machine import describe, markdown
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-PEERS = ("hf", "hf_compile", "hf_liger", "automodel", "moe_compile")
+PEERS = ("hf", "hf_compile", "hf_liger", "automodel", "moe_compile", "moe_compile_graph")
+Step = Callable[[Tensor], Tensor]
 VOCABULARY = 151936
 
 
@@ -64,7 +67,7 @@ def build(peer: str, layers: int, experts: int = 128) -> PreTrainedModel:
     if peer in ("hf_compile", "hf_liger"):
         for layer in model.model.layers:
             layer.compile()
-    if peer == "moe_compile":
+    if peer.startswith("moe_compile"):
         import moe_compile
 
         return moe_compile.optimize(model)
@@ -83,9 +86,25 @@ def automodel(config: Qwen3MoeConfig) -> PreTrainedModel:
     ).train()
 
 
+def step_of(peer: str, model: PreTrainedModel) -> Step:
+    """Forward and backward of a batch, which give its loss."""
+    if peer.endswith("_graph"):
+        import moe_compile
+
+        graphed = moe_compile.GraphedStep(model)
+        return lambda ids: graphed(input_ids=ids, labels=ids)
+
+    def step(ids: Tensor) -> Tensor:
+        loss = loss_of(peer, model, ids)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
 def loss_of(peer: str, model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The loss of a batch."""
-    if peer != "automodel":
+    if not peer.startswith("automodel"):
         return model(input_ids=ids, labels=ids).loss
     out = model(input_ids=ids)
     logits = getattr(out, "logits", out)[:, :-1].flatten(0, 1)
@@ -99,13 +118,13 @@ def measure(args: argparse.Namespace) -> tuple[str, ...]:
     shape = (args.batch, args.length)
     ids = torch.randint(VOCABULARY, shape, device="cuda", generator=generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    step = step_of(args.peers[0], model)
     torch.cuda.reset_peak_memory_stats()
     passes, steps, losses = list[float](), list[float](), list[float]()
     for _ in range(args.warmup + args.steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = loss_of(args.peers[0], model, ids)
-        loss.backward()
+        loss = step(ids)
         torch.cuda.synchronize()
         passes.append(time.perf_counter() - start)
         optimizer.step()
@@ -113,13 +132,13 @@ def measure(args: argparse.Namespace) -> tuple[str, ...]:
         torch.cuda.synchronize()
         steps.append(time.perf_counter() - start)
         losses.append(loss.item())
-    both, step = (statistics.median(times[args.warmup :]) for times in (passes, steps))
+    both, whole = (statistics.median(times[args.warmup :]) for times in (passes, steps))
     peak = torch.cuda.max_memory_allocated() / 2**30
     numbers = sum(p.numel() * p.element_size() for p in model.parameters())
     return (
         args.peers[0],
         f"{both * 1e3:.1f} ms",
-        f"{step * 1e3:.1f} ms",
+        f"{whole * 1e3:.1f} ms",
         f"{ids.numel() / both:,.0f}",
         f"{4 * numbers / 2**30:.1f} GiB",
         f"{peak:.1f} GiB",

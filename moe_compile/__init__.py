@@ -5,6 +5,7 @@ from moe_compile.balance import RouterBalance, RouterLoad
 from moe_compile.checkpoint.load import load_pretrained
 from moe_compile.checkpoint.state import load_state, save_state
 from moe_compile.config import OptimizeConfig
+from moe_compile.graphed_step import GraphedStep
 from moe_compile.optimize import explain, optimize, report
 from moe_compile.parallel.clip import clip_grad_norm_
 from moe_compile.passes import PIPELINE
@@ -15,6 +16,7 @@ from moe_compile.rewrite.refuse import Refuse
 
 __all__ = [
     "PIPELINE",
+    "GraphedStep",
     "Match",
     "OptimizeConfig",
     "Pass",

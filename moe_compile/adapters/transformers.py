@@ -1,10 +1,13 @@
 """Everything that moe_compile knows of transformers beyond plain `nn.Module`s.
 
-Public names used: `PreTrainedModel`, the `experts_implementation` and `use_cache` settings, the
-`gradient_checkpointing` flag. Private names used, each with what happens where it is missing:
+Public names used: `PreTrainedModel`, `AttentionInterface`, the `experts_implementation` and
+`use_cache` settings, the `gradient_checkpointing` flag. Private names used, each with what happens
+where it is missing:
 
 * `PreTrainedConfig._experts_implementation`: experts that can be traced; without it a shadow runs
   those that the model does.
+* `PreTrainedConfig._attn_implementation`: the attention's name, which a `GraphedStep` changes;
+  without it there are none.
 * `utils.output_capturing._active_collector`: recording router logits inside compiled layers;
   without it Dynamo cannot trace the recording hooks, and `output_router_logits=True` needs
   `compile=False`.
@@ -104,6 +107,37 @@ def head(model: nn.Module) -> tuple[str, nn.Module | None]:
     own = None if base is None else base.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     return names.get(id(own), ""), own
+
+
+def attention_kind(model: nn.Module) -> str | None:
+    """The name of the model's attention among transformers'; None for another kind of model."""
+    config: Any = base_model(model).config if is_pretrained(model) else None
+    return getattr(config, "_attn_implementation", None)
+
+
+@contextlib.contextmanager
+def without_masks(model: nn.Module) -> Generator[None]:
+    """Lets a model with the attention `sdpa` make no masks, as for rows of which it needs none.
+
+    To see that it needs none, transformers reads a result on the host, and while a CUDA graph is
+    captured it makes them all. It makes none for an attention of a name that it has no masks for.
+    """
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    named = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+    for config in named:
+        config._attn_implementation = _UNMASKED
+    try:
+        yield
+    finally:
+        for config in named:
+            config._attn_implementation = "sdpa"
+
+
+_UNMASKED = "moe_compile_sdpa_without_masks"
 
 
 def quantisation(model: nn.Module) -> str | None:

@@ -121,7 +121,7 @@ def _check(batch: dict[str, Tensor], device: torch.device) -> None:
 def _capture(model: nn.Module, batch: dict[str, Tensor]) -> _Captured:
     batch = {name: tensor.clone() for name, tensor in batch.items()}
     stream = torch.cuda.Stream()
-    with _as_before(model):
+    with _as_before(model) as start:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             expected = _ordinary(model, batch)
@@ -131,6 +131,7 @@ def _capture(model: nn.Module, batch: dict[str, Tensor]) -> _Captured:
                     model.zero_grad()
         torch.cuda.current_stream().wait_stream(stream)
         captured = _record(model, batch, stream)
+        torch.cuda.set_rng_state(start)  # with dropout, the ordinary step's numbers
         captured.graph.replay()
         _compare(expected, _measured(captured.loss, captured.grads))
     return captured
@@ -216,15 +217,15 @@ def _compare(expected: tuple[float, float], got: tuple[float, float]) -> None:
 
 
 @contextlib.contextmanager
-def _as_before(model: nn.Module) -> Generator[None]:
-    """Puts back gradients, buffers, counts of picks and the generator's state afterwards."""
+def _as_before(model: nn.Module) -> Generator[Tensor]:
+    """Puts back gradients, buffers, counts of picks and the generator's state, which it yields."""
     held = [(p, p.grad) for p in model.parameters()]
     counts = [c for module in model.modules() for c in vars(module).get(COUNTS, ())]
     kept = [(t, t.clone()) for t in (*model.buffers(), *counts)]
     state = torch.cuda.get_rng_state()
     model.zero_grad()
     try:
-        yield
+        yield state
     finally:
         for parameter, grad in held:
             parameter.grad = grad

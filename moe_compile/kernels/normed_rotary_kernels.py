@@ -38,7 +38,7 @@ def _place(row, heads, length, by_batch, by_token, by_head):
 @triton.jit
 def _single(number):
     """A number of Python in float32: a compiled graph hands it over in float64."""
-    return number.to(tl.float32)
+    return tl.cast(number, tl.float32)
 
 
 @triton.jit

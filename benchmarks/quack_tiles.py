@@ -4,12 +4,14 @@ python benchmarks/quack_tiles.py
 python benchmarks/quack_tiles.py --shapes 8192,2048,768,128,8 --compile-only
 
 For each product, TFLOP/s of the tiles, best first, of the one that `quack_tiles.py` chooses, and of
-torch's `grouped_mm` on rows that are gathered already. The picks are random.
+torch's `grouped_mm` on rows that are gathered already; where quack gathers, also without that. The
+picks are random.
 """
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -45,38 +47,35 @@ def cases(x: Tensor, grad: Tensor, up: Tensor, down: Tensor, where: Where) -> It
     """The six products: x, grad are [T, H], up is [E, 2I, H], down is [E, H, I]."""
     hidden, width, rows = x.shape[1], down.shape[2], where.tokens.shape[0]
     pre, act = (x.new_empty(rows, n).normal_() for n in (2 * width, width))
-    many = rows // up.shape[0]
     ends, tokens, offs = where.ends, where.tokens, where.offs
     spread = x[tokens.long()]
     products = {
-        "up": (x, up, True, 2 * width, hidden),
-        "down": (act, down, True, hidden, width),
-        "gradient of the activation": (grad, down, False, width, hidden),
-        "gradient of the rows": (pre, up, False, hidden, 2 * width),
+        "up": (x, up, True, tokens),
+        "up, gathered before": (spread, up, True, None),
+        "down": (act, down, True, None),
+        "gradient of the activation": (grad, down, False, tokens),
+        "gradient of the activation, gathered before": (grad[tokens.long()], down, False, None),
+        "gradient of the rows": (pre, up, False, None),
     }
-    for name, (a, w, transposed, columns, depth) in products.items():
-        gathers = a is x or a is grad
-        all_rows = a[tokens.long()] if gathers else a
+    for name, (a, w, transposed, of) in products.items():
+        matrices, all_rows = w.mT if transposed else w, a if of is None else a[of.long()]
+        depth, columns = matrices.shape[1:]
         yield (
             name,
-            lambda a=a, w=w, t=transposed, g=gathers: quack_product(
-                a, w, ends, tokens if g else None, t
-            ),
-            lambda a=all_rows, w=w, t=transposed: F.grouped_mm(a, w.mT if t else w, offs=offs),
-            product_tile(many, columns, depth, gathers),
-            gathers,
+            partial(quack_product, a, w, ends, of, transposed),
+            partial(F.grouped_mm, all_rows, matrices, offs=offs),
+            product_tile(rows // up.shape[0], columns, depth, of is not None),
+            of is not None,
         )
-    for name, of_rows, transposed in (
-        ("gradient of up", pre, True),
-        ("gradient of down", act, False),
-    ):
-        yield (
-            name,
-            lambda r=of_rows, t=transposed: quack_weight_grad(x, r, ends, tokens, t),
-            lambda r=of_rows: F.grouped_mm(spread.t(), r, offs=offs),
-            weight_tile(hidden, of_rows.shape[1]),
-            True,
-        )
+    for name, of_rows, transposed in (("up", pre, True), ("down", act, False)):
+        for a, of in ((x, tokens), (spread, None)):
+            yield (
+                f"gradient of {name}" + ", gathered before" * (of is None),
+                partial(quack_weight_grad, a, of_rows, ends, of, transposed),
+                partial(F.grouped_mm, spread.t(), of_rows, offs=offs),
+                weight_tile(hidden, of_rows.shape[1]),
+                of is not None,
+            )
 
 
 def with_tile(tile: Tile, run: Run) -> Run:
@@ -130,7 +129,7 @@ def compete(shape: str, compile_only: bool) -> list[tuple[str, ...]]:
 
 def _area(name: str, x: Tensor, grad: Tensor, up: Tensor, down: Tensor) -> int:
     """Multiplications for each row."""
-    is_up = name in ("up", "gradient of the rows", "gradient of up")
+    is_up = name.partition(",")[0] in ("up", "gradient of the rows", "gradient of up")
     return (up if is_up else down)[0].numel()
 
 

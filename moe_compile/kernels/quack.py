@@ -77,12 +77,12 @@ def quack_product(
 
 @torch.library.custom_op("moe_compile::quack_weight_grad", mutates_args=())
 def quack_weight_grad(
-    x: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, transposed: bool
+    x: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor | None, transposed: bool
 ) -> Tensor:
     """The gradient of a weight that turned one of x[tokens] and rows into the other.
 
     Args:
-        x: [T, A] bfloat16.
+        x: [T, A], or [P, A] without `tokens`; bfloat16.
         rows: [P, B].
         ends, tokens: as in `quack_product`.
         transposed: How the gradient is stored.
@@ -109,7 +109,7 @@ def _(x: Tensor, w: Tensor, ends: Tensor, tokens: Tensor | None, transposed: boo
 
 
 @quack_weight_grad.register_fake
-def _(x: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, transposed: bool) -> Tensor:
+def _(x: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor | None, transposed: bool) -> Tensor:
     sizes = (x.shape[1], rows.shape[1])
     return x.new_empty(ends.shape[0] - 1, *(reversed(sizes) if transposed else sizes))
 

@@ -4,13 +4,15 @@ python benchmarks/experts.py
 python benchmarks/experts.py --shapes 8192,2048,768,128,8 --profile
 
 `hf` is transformers' block with `grouped_mm`, `hf_compiled` the same in one compiled graph, and
-`moe_compile` is that block after `optimize`, compiled. Same weights and tokens; errors are relative
+`moe_compile` is that block after `optimize`, compiled, with the products of the provider torch;
+`moe_quack` with those of quack, where it is installed. Same weights and tokens; errors are relative
 L2 against `hf`, the worst of the output and every gradient. TFLOP/s count the experts' products
 only: 6 T K H I forward and three times that with the backward.
 """
 
 import argparse
 import copy
+import importlib.util
 
 import torch
 from machine import describe, markdown
@@ -53,6 +55,13 @@ def step(block: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
 
 
+def optimized(block: nn.Module, x: Tensor, provider: str) -> nn.Module:
+    """A copy of the block whose experts are a provider's, compiled."""
+    config = moe_compile.OptimizeConfig(providers={"experts": provider})
+    ours = moe_compile.optimize(copy.deepcopy(block), config=config, example_inputs=(x,))
+    return torch.compile(ours, fullgraph=True, dynamic=False)  # pyright: ignore[reportReturnType]
+
+
 def measure(shape: str, profiled: bool) -> list[tuple[str, ...]]:
     """A row for each way."""
     tokens, hidden, width, experts, picks = map(int, shape.split(","))
@@ -61,12 +70,13 @@ def measure(shape: str, profiled: bool) -> list[tuple[str, ...]]:
         hf = Block(hidden, width, experts, picks).to(torch.bfloat16)
     x = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
-    ours = moe_compile.optimize(copy.deepcopy(hf), example_inputs=(x.detach(),))
     blocks = {
         "hf": hf,
         "hf_compiled": torch.compile(copy.deepcopy(hf), fullgraph=True, dynamic=False),
-        "moe_compile": torch.compile(ours, fullgraph=True, dynamic=False),
+        "moe_compile": optimized(hf, x.detach(), "torch"),
     }
+    if importlib.util.find_spec("quack") is not None:
+        blocks["moe_quack"] = optimized(hf, x.detach(), "quack")
     wanted, rows = step(hf, x, grad), list[tuple[str, ...]]()
     flops = 6 * tokens * picks * hidden * width
     for name, block in blocks.items():

@@ -9,6 +9,7 @@ from moe_compile.providers.flex_attention import FlexAttentionProvider
 from moe_compile.providers.formula import FormulaProvider
 from moe_compile.providers.liger import LigerProvider
 from moe_compile.providers.provider import Call, Lacks, Provider
+from moe_compile.providers.quack import QuackProvider
 from moe_compile.providers.torch import TorchProvider
 from moe_compile.providers.transformer_engine import TransformerEngineProvider
 from moe_compile.rewrite.refuse import Refuse
@@ -21,6 +22,7 @@ PROVIDERS: tuple[Provider, ...] = (
     FlexAttentionProvider(),
     LigerProvider(),
     TransformerEngineProvider(),
+    QuackProvider(),
 )
 """Those that are chosen from; where none can be timed, the first that takes a call computes it."""
 

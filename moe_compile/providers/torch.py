@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
-from moe_compile.kernels.activation import activate, is_fusable
+from moe_compile.kernels.expert_parts import (
+    arrange_weights,
+    bias_rows,
+    experts_of_rows,
+    weighed,
+)
 from moe_compile.kernels.expert_rows import (
     collect_rows,
     group_picks,
-    rows_of_picks,
     spread_rows,
 )
 from moe_compile.kernels.fp8 import (
@@ -23,7 +27,7 @@ from moe_compile.kernels.fp8 import (
     fp8_linear,
     linear_problem,
 )
-from moe_compile.kernels.grouped_mm import grouped_linear, grouped_mm_weight_grad, mask_tail
+from moe_compile.kernels.grouped_mm import grouped_linear, mask_tail
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.kernels.normed_rotary import misfit, normed_rotary
 from moe_compile.ops import fp8
@@ -152,39 +156,6 @@ def attention(
     return _sdpa(query, key, value, mask, scale, False, dropout)
 
 
-class _Arrange(torch.autograd.Function):
-    """weights[T K, 1] of the rows, [P, 1]; the gradient of what lives elsewhere is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, order: Tensor, inverse: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse, offs)
-        return weights.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        inverse, offs = ctx.saved_tensors
-        own, is_real = rows_of_picks(grads[0], inverse, offs)
-        return torch.where(is_real, own, 0), None, None, None
-
-
-class _BiasRows(torch.autograd.Function):
-    """bias[E, N] to the bias of each row's expert; zero for the rows of none, whose index is E.
-
-    Its backward sums groups of rows as a product with ones, eight columns of them for alignment.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, expert: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(offs)
-        return F.pad(bias, (0, 0, 0, 1)).index_select(0, expert)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ones = grads[0].new_ones(grads[0].shape[0], 8)
-        grad = grouped_mm_weight_grad(ones, grads[0].contiguous(), *ctx.saved_tensors)
-        return grad[:, 0], None, None
-
-
 def _experts(
     x: Tensor,
     ids: Tensor,
@@ -206,41 +177,29 @@ def _experts(
     num_experts, picks = up.shape[0], ids.shape[1]
     num_rows = None if places is None else places.shape[0]
     grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
-    weight: Tensor = _Arrange.apply(weights.reshape(-1, 1), *grouped)
+    weight = arrange_weights(weights, *grouped)
     rows = spread_rows(x, *grouped, picks)
     if weigh_input:
         rows = (rows * weight).to(x.dtype)
     rows = linear(rows.to(up.dtype), up, offs, not transposed)
-    # The expert of each row; E for a pick that lives elsewhere.
-    expert = (ids.flatten() % (num_experts + 1)).index_select(0, order)
+    expert = experts_of_rows(ids, num_experts, order)
     if up_bias is not None:
-        rows = rows + _BiasRows.apply(up_bias, expert, offs)
+        rows = rows + bias_rows(up_bias, expert, offs)
     # The last product is linear: weighed before it, its rows are neither kept nor read again for
     # the gradient of the weights.
     weigh_inside = norm is None and not weigh_input
-    rows = _weighed(activation, rows, weight, offs) if weigh_inside else activation(rows)
+    rows = weighed(activation, rows, weight, offs) if weigh_inside else activation(rows)
     rows = linear(rows.to(down.dtype), down, offs, not transposed)
     if down_bias is not None:
-        bias = _BiasRows.apply(down_bias, expert, offs)
+        bias = bias_rows(down_bias, expert, offs)
         rows = rows + (bias * weight if weigh_inside else bias)
     if norm is not None:
         if norm_weight is not None and norm_weight.dim() == 2:
-            norm_weight = _BiasRows.apply(norm_weight, expert, offs)
+            norm_weight = bias_rows(norm_weight, expert, offs)
         # The gradient of a weight for all experts sums all rows, so none may hold just anything.
         rows = normed(mask_tail(rows, offs), norm, norm_weight)
         rows = rows if weigh_input else rows * weight
     return collect_rows(rows, *grouped, picks).to(x.dtype)
-
-
-def _weighed(
-    activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, offs: Tensor
-) -> Tensor:
-    """activation(rows) * weight, by kernels for this activation where there are some."""
-    key: str | None = getattr(activation, "key", None)
-    has_kernels = rows.is_cuda and rows.dtype != torch.float64
-    if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
-        return activation(rows) * weight
-    return activate(rows, weight, offs, key)
 
 
 def _fp8_problem(

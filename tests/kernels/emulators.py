@@ -1,5 +1,6 @@
 """Packages for a GPU, as plain torch with the same functions: for tests of what calls them."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,3 +108,41 @@ def rmsnorm_bwd(
 
 TRANSFORMER_ENGINE = SimpleNamespace(rmsnorm_fwd=rmsnorm_fwd, rmsnorm_bwd=rmsnorm_bwd)
 """`transformer_engine_torch`."""
+
+
+def quack_gemm(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    c: None,
+    semaphore: None,
+    tile_rows: int,
+    tile_columns: int,
+    cluster_rows: int,
+    cluster_columns: int,
+    *,
+    pingpong: bool,
+    cu_seqlens_m: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    A_idx: Tensor | None = None,
+) -> None:
+    """`quack.gemm.gemm` of groups, with the demands of its kernels."""
+    assert not pingpong or tile_columns <= 208
+    assert A_idx is None or (A_idx.dtype == torch.int32 and cluster_columns == 1)
+    ends = cu_seqlens_k if cu_seqlens_m is None else cu_seqlens_m
+    assert ends is not None
+    assert ends.dtype == torch.int32
+    of_rows = cu_seqlens_m is not None
+    assert a.stride(-1 if of_rows else -2) == 1
+    assert out.stride(-1) == 1 if of_rows else b.stride(-2) == 1
+    rows = a if of_rows else a.T
+    rows = rows if A_idx is None else rows[A_idx.long()]
+    for group, (start, end) in enumerate(pairwise(ends.tolist())):
+        if of_rows:
+            out[start:end] = rows[start:end] @ b[group].T
+        else:
+            out[group] = rows[start:end].T @ b.T[start:end]
+
+
+QUACK = SimpleNamespace(gemm=quack_gemm)
+"""`quack.gemm`."""

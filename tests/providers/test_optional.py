@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from moe_compile.kernels import liger, transformer_engine
+from moe_compile.kernels import liger, quack, transformer_engine
 from moe_compile.ops import experts, fp8_linear, gated_mlp, rms_norm
 from moe_compile.passes import RaiseMLPs
 from moe_compile.providers import Call
 from moe_compile.providers import liger as liger_provider
+from moe_compile.providers import quack as quack_provider
 from moe_compile.providers import transformer_engine as te_provider
 from moe_compile.providers.liger import LigerProvider
 from moe_compile.providers.provider import Lacks, Provider
+from moe_compile.providers.quack import QuackProvider
 from moe_compile.providers.registry import takers
 from moe_compile.providers.transformer_engine import TransformerEngineProvider
 from moe_compile.report import Choice, Report, Site
@@ -24,15 +26,15 @@ from tests.patterns.harness import canonical_node
 from tests.patterns.idioms import mlp_unit
 
 BF16 = torch.bfloat16
-LIGER, TE = LigerProvider(), TransformerEngineProvider()
+LIGER, TE, QUACK = LigerProvider(), TransformerEngineProvider(), QuackProvider()
 
 
 @pytest.fixture(autouse=True)
 def _imported_anew() -> Iterator[None]:
-    for module in (liger_provider, te_provider):
+    for module in (liger_provider, te_provider, quack_provider):
         module._import_problem.cache_clear()
     yield
-    for module in (liger_provider, te_provider):
+    for module in (liger_provider, te_provider, quack_provider):
         module._import_problem.cache_clear()
 
 
@@ -40,6 +42,8 @@ def _imported_anew() -> Iterator[None]:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_compile.providers.liger.library", lambda name: None)
     monkeypatch.setattr("moe_compile.providers.transformer_engine.library", lambda: None)
+    monkeypatch.setattr("moe_compile.providers.quack.library", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 def fake(*shape: int, dtype: torch.dtype = BF16, device: str = "cuda") -> Tensor:
@@ -128,14 +132,16 @@ def test_the_gated_mlp_has_silu() -> None:
 
 def test_libraries_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    for module in (liger, transformer_engine):
+    for module in (liger, transformer_engine, quack):
         monkeypatch.setattr(module.importlib, "import_module", loaded.append)
     liger.library("swiglu")
     transformer_engine.library()
+    quack.library()
     assert loaded == [
         "liger_kernel.ops.swiglu",
         "transformer_engine.pytorch",
         "transformer_engine_torch",
+        "quack.gemm",
     ]
 
 
@@ -155,3 +161,46 @@ def test_fp8_by_transformer_engine() -> None:
     found = TE.supports(experts, Call(given, {"recipe": "current"}))
     assert "would wait for the device" in str(found)
     assert isinstance(TE.supports(experts, Call(given)), Lacks)
+
+
+def block(**changes: Any) -> Call:
+    """4 experts of 3 tokens: H = 32, I = 16, Hout = 24."""
+    arguments: dict[str, Any] = {
+        "x": fake(3, 32),
+        "ids": fake(3, 2, dtype=torch.int64),
+        "weights": fake(3, 2),
+        "up": fake(4, 32, 32),
+        "down": fake(4, 24, 16),
+        "activation": torch.relu,
+    }
+    return Call((), arguments | changes)
+
+
+@pytest.mark.usefixtures("installed")
+def test_experts_by_quack(monkeypatch: pytest.MonkeyPatch) -> None:
+    biases = {"up_bias": fake(4, 32), "down_bias": fake(4, 24)}
+    assert QUACK.supports(experts, block()) is None
+    assert QUACK.supports(experts, block(transposed=True, places=fake(5, 0), **biases)) is None
+    for changes, reason in (
+        ({"recipe": "current"}, "these are of FP8"),
+        ({"norm": torch.relu}, "a norm comes first here"),
+        ({"weigh_input": True}, "they are weighed first here"),
+        ({"down": fake(4, 24, 16, dtype=torch.float16)}, "down is torch.float16"),
+        ({"up_bias": fake(4, 32, dtype=torch.float32)}, "up_bias is torch.float32"),
+        ({"up": fake(4, 36, 32)}, "multiples of 8: up is 36 x 32"),
+    ):
+        assert str(QUACK.supports(experts, block(**changes))).endswith(reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert str(QUACK.supports(experts, block())).endswith("compute capability 9.0: got 8.0")
+    assert isinstance(QUACK.supports(rms_norm, norm(X, W)), Lacks)
+    on_cpu = block(x=fake(3, 32, device="cpu"))
+    assert isinstance(QUACK.supports(experts, on_cpu), Lacks)
+
+
+def test_quack_is_imported_for_what_it_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quack", None)  # an import of it fails
+    assert "these are of FP8" in str(QUACK.supports(experts, block(recipe="current")))
+    reason = str(QUACK.supports(experts, block()))
+    assert reason.startswith("it needs the package quack, whose import fails: ")
+    _, left_out = takers(experts, block())
+    assert left_out["quack"] == reason

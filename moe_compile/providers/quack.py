@@ -1,0 +1,135 @@
+"""Experts by quack's grouped products for Hopper, where the package `quack-kernels` is installed.
+
+They gather the tokens' rows, and those of their gradients, while they multiply. What is between
+the products is the torch provider's.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compile import ops
+from moe_compile.kernels.expert_parts import (
+    arrange_weights,
+    bias_rows,
+    experts_of_rows,
+    weighed,
+)
+from moe_compile.kernels.expert_rows import collect_rows, group_picks
+from moe_compile.kernels.quack import library, product_collect, spread_product, where_rows_are
+from moe_compile.ops import fp8
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call, Lacks
+from moe_compile.rewrite.refuse import Refuse
+
+_ALIGNED = 8
+"""Widths are multiples of it: rows of bfloat16 then start at multiples of 16 bytes."""
+
+
+def _experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    norm: None = None,
+    norm_weight: None = None,
+    transposed: bool = False,
+    weigh_input: bool = False,
+    places: Tensor | None = None,
+    recipe: fp8.Recipe | None = None,
+) -> Tensor:
+    num_experts, picks = up.shape[0], ids.shape[1]
+    num_rows = None if places is None else places.shape[0]
+    grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
+    where = where_rows_are(picks, *grouped)
+    weight, expert = arrange_weights(weights, *grouped), experts_of_rows(ids, num_experts, order)
+    rows = spread_product(x.to(up.dtype), up, where, not transposed)
+    if up_bias is not None:
+        rows = rows + bias_rows(up_bias, expert, offs)
+    rows = weighed(activation, rows, weight, offs).to(down.dtype)
+    out = product_collect(rows, down, where, not transposed)
+    if down_bias is not None:
+        out = out + collect_rows(bias_rows(down_bias, expert, offs) * weight, *grouped, picks)
+    return out.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class QuackProvider:
+    """quack's kernels as custom ops, so that no layer's graph breaks."""
+
+    name: str = "quack"
+    package: str | None = "quack-kernels"
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """Refuse what its kernels do not compute, with the reason."""
+        if op is not ops.experts:
+            return Lacks(f"quack has no implementation of {op.name}")
+        arguments = call.arguments(op)
+        device = arguments["x"].device
+        if device.type != "cuda":
+            return Lacks(f"quack takes tensors on cuda: got {device.type}")
+        problem = (
+            _kind_problem(arguments)
+            or _weights_problem(arguments)
+            or _import_problem()
+            or _device_problem(device)
+        )
+        return None if problem is None else Refuse(problem)
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """Where it is chosen, it was faster."""
+        return None
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """The implementation of `op`."""
+        assert op is ops.experts
+        return _experts
+
+
+def _kind_problem(arguments: dict[str, Any]) -> str | None:
+    """What comes between the products and the rows of x, or the sums, cannot be left out."""
+    if arguments["recipe"] is not None:
+        return "its products here are of bfloat16: these are of FP8"
+    if arguments["norm"] is not None:
+        return "it sums a token's rows as they are: a norm comes first here"
+    if arguments["weigh_input"]:
+        return "it reads the tokens as they are: they are weighed first here"
+    return None
+
+
+def _weights_problem(arguments: dict[str, Any]) -> str | None:
+    for name in ("up", "down", "up_bias", "down_bias"):
+        tensor = arguments[name]
+        if tensor is not None and tensor.dtype != torch.bfloat16:
+            return f"it takes bfloat16: {name} is {tensor.dtype}"
+    for name in ("up", "down"):
+        sizes = arguments[name].shape[1:]
+        if any(size % _ALIGNED for size in sizes):
+            text = " x ".join(map(str, sizes))
+            return f"it takes widths that are multiples of {_ALIGNED}: {name} is {text}"
+    return None
+
+
+@functools.cache  # what failed halfway may fail in other words, or not, the next time
+def _import_problem() -> str | None:
+    try:
+        library()
+    except Exception as error:  # a release for another cutlass fails in its own ways
+        return f"it needs the package quack, whose import fails: {error}; install quack-kernels"
+    return None
+
+
+def _device_problem(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (9, 0):
+        return None
+    return f"its tiles here are for compute capability 9.0: got {'.'.join(map(str, capability))}"

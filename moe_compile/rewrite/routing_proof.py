@@ -19,7 +19,7 @@ from moe_compile.rewrite.normal_form import aten, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.stand_ins import StandIns, positive
 from moe_compile.rewrite.weighted_sum import weighted_sum
-from moe_compile.verify.in_float64 import InFloat64
+from moe_compile.verify.in_float64 import InFloat64, default_float64, wide
 from moe_compile.verify.oracle import Disproved, prove
 
 _SHAPE_ONLY = {
@@ -156,7 +156,7 @@ def _is_close(actual: Tensor, expected: Tensor) -> bool:
 
 def _in_numbers(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
     """The result in float64; whoever goes on with it has gradients, and a proof needs them."""
-    with InFloat64(), torch.no_grad():
+    with default_float64(), torch.no_grad():
         return function(*inputs)
 
 
@@ -354,6 +354,8 @@ def _step(node: fx.Node, env: dict[Any, Any], sizes: _Sizes) -> Any:
             return env[argument] if argument in env else _shaped_like(value(argument), sizes)
         if isinstance(argument, torch.SymInt):
             return _size(argument, sizes)
+        if isinstance(argument, torch.dtype):
+            return wide(argument)
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
     is_leaf: Callable[[Any], bool] = lambda a: isinstance(a, fx.Node)  # noqa: E731

@@ -93,8 +93,10 @@ def _is_data(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _has_data(values: object) -> bool:
-    return any(map(_is_data, tree_leaves(values)))
+def _has_data(values: Any) -> bool:
+    if isinstance(values, dict):
+        values = list(values.values())
+    return any(map(_has_data, values)) if isinstance(values, (list, tuple)) else _is_data(values)
 
 
 _VALUES = "_moe_compile_field"

@@ -4,6 +4,7 @@ A *body* is the part of a graph between the rows that an expert gets and the row
 back. Which rows these are, and what becomes of them, is not looked at here: see `routing`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from moe_compile.ops.experts import normed
 from moe_compile.rewrite.normal_form import aten, schema_names, value
 from moe_compile.rewrite.refuse import Refuse
 from moe_compile.rewrite.region import Region
@@ -140,6 +142,22 @@ class Bodies:
     def results(self) -> list[fx.Node]:
         """The results of the last products."""
         return [step.result for step in self.steps if step.kind == "down"]
+
+    @property
+    def up_width(self) -> int:
+        """What the activation takes of a row."""
+        return value(next(iter(self.activation.graph.nodes))).shape[-1]
+
+    @functools.cached_property
+    def has_offset(self) -> bool:
+        """Whether one may give something for a row of zeros; if not, zeros may stand for none."""
+        if self.down_bias is not None or self.up_bias:
+            return True
+        hidden = self.activation(torch.zeros(1, self.up_width))
+        rows = torch.zeros(1, value(self.results[0]).shape[-1])
+        weight = None if self.norm_weight is None else torch.ones_like(rows)
+        gives = normed(rows, self.norm, weight)
+        return not bool((hidden == 0).all() and (gives == 0).all())
 
 
 def attempt(make: Callable[..., Bodies], *args: Any) -> Bodies | Refuse:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compile.ops.experts import normed
 from moe_compile.rewrite.expert_bodies import Bodies, Step
 from moe_compile.rewrite.normal_form import value
 
@@ -50,10 +49,10 @@ class StandIns:
         return (
             (experts, hidden, _RANK),
             (experts * _has_up_bias(bodies), _RANK),
-            (_RANK, _up_width(bodies)),
+            (_RANK, bodies.up_width),
             (_hidden_width(bodies), _RANK),
             (experts, _RANK, out),
-            (experts * _has_offset(bodies), out),
+            (experts * bodies.has_offset, out),
             (experts * _has_norm(bodies), out),
         )
 
@@ -67,7 +66,7 @@ class StandIns:
             wide,
             narrow,
             down,
-            down_bias if _has_offset(bodies) else None,
+            down_bias if bodies.has_offset else None,
             norm if _has_norm(bodies) else None,
         )
 
@@ -150,11 +149,6 @@ def _multiply(rows: Tensor, matrices: Tensor) -> Tensor:
     return (rows.unsqueeze(-2) @ matrices).squeeze(-2)
 
 
-def _up_width(bodies: Bodies) -> int:
-    """What the activation takes of a row."""
-    return value(next(iter(bodies.activation.graph.nodes))).shape[-1]
-
-
 def _hidden_width(bodies: Bodies) -> int:
     """What the activation gives a row."""
     return next(value(step.result).shape[-1] for step in bodies.steps if step.kind == "act")
@@ -168,14 +162,3 @@ def _has_up_bias(bodies: Bodies) -> bool:
 def _has_norm(bodies: Bodies) -> bool:
     """Whether each expert has a norm of its own."""
     return any(step.normed for step in bodies.steps)
-
-
-def _has_offset(bodies: Bodies) -> bool:
-    """Whether an expert may give something for a row of zeros; if not, zeros may stand for none."""
-    if bodies.down_bias is not None or bodies.up_bias:
-        return True
-    hidden = bodies.activation(torch.zeros(1, _up_width(bodies)))
-    rows = torch.zeros(1, value(bodies.results[0]).shape[-1])
-    weight = None if bodies.norm_weight is None else torch.ones_like(rows)
-    gives = normed(rows, bodies.norm, weight)
-    return not bool((hidden == 0).all() and (gives == 0).all())

@@ -19,6 +19,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 aten = torch.ops.aten
 
 P = 2**31 - 1
+MODULUS = torch.tensor(P, device="cpu")  # of a number torch would make a tensor each time
 Number = float | Tensor
 Function = Callable[..., Any]
 
@@ -63,7 +64,7 @@ def lift(value: Number) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(constant(value))
     if not value.is_floating_point():
-        return value.long() % P
+        return value.long() % MODULUS
     if not value.any():
         return torch.zeros(value.shape, dtype=torch.int64)
     numbers: list[float] = value.detach().double().flatten().tolist()  # pyright: ignore
@@ -72,17 +73,17 @@ def lift(value: Number) -> Tensor:
 
 def add(a: Number, b: Number, alpha: float = 1) -> Tensor:
     """The sum a + alpha * b."""
-    return (lift(a) + mul(b, alpha)) % P
+    return (lift(a) + mul(b, alpha)) % MODULUS
 
 
 def sub(a: Number, b: Number, alpha: float = 1) -> Tensor:
     """The difference a - alpha * b."""
-    return (lift(a) - mul(b, alpha)) % P
+    return (lift(a) - mul(b, alpha)) % MODULUS
 
 
 def mul(a: Number, b: Number) -> Tensor:
     """The elementwise product; it stays below 2**62 before it is reduced."""
-    return lift(a) * lift(b) % P
+    return lift(a) * lift(b) % MODULUS
 
 
 def div(a: Number, b: Number) -> Tensor:
@@ -92,29 +93,41 @@ def div(a: Number, b: Number) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of any batch shape."""
+    width = 2**15
+    pieces = zip(a.split(width, -1), b.split(width, -2), strict=True)
+    first, *others = (_short_matmul(*piece) for piece in pieces)
+    return sum(others, first) % MODULUS
+
+
+def _short_matmul(a: Tensor, b: Tensor) -> Tensor:
     # 16-bit halves of `a` keep a product below 2**47, so 2**15 of them sum without overflow
     low, high = a & 0xFFFF, a >> 16
-    out = torch.zeros((), dtype=torch.int64)
-    for start in range(0, max(a.shape[-1], 1), 2**15):
-        k = slice(start, start + 2**15)
-        b_k = b[..., k, :]
-        out = (out + (high[..., k] @ b_k % P) * 2**16 + low[..., k] @ b_k) % P
-    return out
+    return ((high @ b % MODULUS) * 2**16 + low @ b) % MODULUS
 
 
 def power(a: Tensor, exponent: int) -> Tensor:
     """The integer power; a negative one is a power of the inverse."""
-    exponent = exponent % (P - 1) if exponent < 0 else exponent  # Fermat: a ** (p - 1) == 1
+    if exponent < 0:
+        return power(inverse(a), -exponent)
     out = torch.ones_like(a)
     for bit in f"{exponent:b}":
-        out = out * out % P
-        out = out * a % P if bit == "1" else out
+        out = out * out % MODULUS
+        out = out * a % MODULUS if bit == "1" else out
     return out
 
 
 def inverse(a: Tensor) -> Tensor:
-    """The multiplicative inverse, with 0 for 0."""
-    return power(a, -1)
+    """The multiplicative inverse, with 0 for 0: the power p - 2, by Fermat."""
+    ones = {1: a}  # the power 2**n - 1 by n: that of m + n follows from those of m and n
+    for m, n in ((1, 1), (2, 1), (3, 3), (6, 1), (7, 7), (14, 14), (28, 1)):
+        ones[m + n] = _squared(ones[m], n) * ones[n] % MODULUS
+    return _squared(ones[29], 2) * a % MODULUS  # p - 2 is 4 * (2**29 - 1) + 1
+
+
+def _squared(a: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        a = a * a % MODULUS
+    return a
 
 
 def uninterpreted(name: str, *tensors: Tensor) -> Tensor:
@@ -122,7 +135,7 @@ def uninterpreted(name: str, *tensors: Tensor) -> Tensor:
     state = torch.tensor(zlib.crc32(name.encode()))
     for tensor in tensors:
         state = _scramble(state * 31 + tensor)
-    return state % P
+    return state % MODULUS
 
 
 def _scramble(z: Tensor) -> Tensor:
@@ -154,7 +167,7 @@ def run(func: OpOverload, real: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-    return x.sum(dim, keepdim) % P
+    return x.sum(dim, keepdim) % MODULUS
 
 
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
@@ -187,7 +200,7 @@ def _log1p(x: Tensor) -> Tensor:
 
 
 def _sigmoid(real: Tensor, x: Tensor) -> Tensor:
-    return _where(real == 0, 0, inverse((1 + _exp(-x % P)) % P))
+    return _where(real == 0, 0, inverse((1 + _exp(-x % MODULUS)) % MODULUS))
 
 
 def _sqrt(x: Tensor) -> Tensor:

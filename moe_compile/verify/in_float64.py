@@ -42,4 +42,9 @@ def default_float64() -> Generator[None]:
 def in_float64(options: dict[str, Any] | None) -> dict[str, Any]:
     """An operator's keyword arguments, with float64 in the place of a narrower float."""
     options = options or {}
-    return options | {"dtype": torch.float64} if options.get("dtype") in _NARROW else options
+    return options | {"dtype": wide(options["dtype"])} if options.get("dtype") else options
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Float64 in the place of a narrower float."""
+    return torch.float64 if dtype in _NARROW else dtype

@@ -13,7 +13,7 @@ planes. So a loop over the experts that are hit, or an `item()`, needs no care.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_compile.verify import field
 from moe_compile.verify.field import Function, Number
@@ -94,8 +93,14 @@ def _is_data(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _has_data(values: object) -> bool:
-    return any(map(_is_data, tree_leaves(values)))
+def _has_data(values: Any) -> bool:
+    if isinstance(values, dict):
+        values = list(values.values())
+    return any(map(_has_data, values)) if isinstance(values, (list, tuple)) else _is_data(values)
+
+
+_VALUES = "_moe_compile_field"
+"""Where a tensor keeps its field values, and whose they are."""
 
 
 class Dual(TorchDispatchMode):
@@ -104,15 +109,13 @@ class Dual(TorchDispatchMode):
     def __init__(self) -> None:
         """Start with no values: every tensor is a constant until it is randomized."""
         super().__init__()  # pyright: ignore
-        self._fields: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def field(self, real: Tensor) -> Tensor:
         """The field values of a tensor; one that was not computed from the inputs is constant."""
         if not _is_data(real):
             return field.lift(real)
-        if real not in self._fields:
-            self._record(real, field.lift(real))
-        return self._fields[real]
+        owner, value = vars(real).get(_VALUES, (None, None))
+        return value if owner is self else self._record(real, field.lift(real))
 
     def randomize(self, reals: Iterable[Tensor], generator: torch.Generator) -> None:
         """Give tensors random field values."""
@@ -124,11 +127,12 @@ class Dual(TorchDispatchMode):
             return type(value)(map(self._operand, value))
         return self.field(value) if _is_data(value) else value
 
-    def _record(self, real: Tensor, value: Tensor) -> None:
+    def _record(self, real: Tensor, value: Tensor) -> Tensor:
         # the strides of the real, so that every view of it is a view of its field values
         if value.stride() != real.stride() or value.shape != real.shape:
             value = torch.empty_like(real, dtype=torch.int64).copy_(value)
-        self._fields[real] = value
+        vars(real)[_VALUES] = self, value
+        return value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -157,13 +161,14 @@ class Dual(TorchDispatchMode):
         fields, options = map(self._operand, args), {k: self._operand(v) for k, v in kwargs.items()}
         if func.is_view and reals[0].dtype == args[0].dtype:
             views = tree_leaves(func(*fields, **options))
-            self._fields.update(zip(reals, views, strict=True))
+            for real, view in zip(reals, views, strict=True):
+                vars(real)[_VALUES] = self, view
         elif not field.knows(func):
             raise _unknown(func)
         else:
             values = tree_leaves(field.run(func, real, *fields, **options))
             for x, value in zip(reals, values, strict=True):
-                self._record(x, value % field.P)
+                self._record(x, value % field.MODULUS)
 
     def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an in-place operator as its functional form and a copy."""

@@ -1,4 +1,7 @@
-"""The tiles of quack's products: chosen here, as its own tuner would compile dozens for each."""
+"""The tiles of quack's products: chosen here, as its own tuner would compile dozens for each.
+
+They are the fastest, or nearly, of those that benchmarks/quack_tiles.py tried on an H200.
+"""
 
 from typing import NamedTuple
 
@@ -17,8 +20,8 @@ class Tile(NamedTuple):
     pingpong: bool
 
 
-_MANY_ROWS = 1024
-"""From so many rows a group on, the rows that a pair of tiles wastes cost less than it saves."""
+_MANY_ROWS = 512
+"""From so many rows a group on, those that larger tiles or pairs waste cost less than they save."""
 _DEEP = 1024
 """From such a depth on, storing a tile takes little of its time."""
 
@@ -28,7 +31,12 @@ def product_tile(rows: int, columns: int, depth: int, gathers: bool) -> Tile:
 
     `gathers`: the rows come one by one, and so no two blocks of columns can share them.
     """
-    pair = (2, 1) if rows >= _MANY_ROWS else (1, 1 if gathers else 2)
+    is_many = rows >= _MANY_ROWS
+    if not gathers and is_many and columns % 128 == 0:
+        return Tile(192, 128, (1, 2), pingpong=True)
+    if not gathers:
+        return Tile(128, _least_waste(columns), (1, 2), pingpong=True)
+    pair = (2, 1) if is_many else (1, 1)
     if depth >= _DEEP and columns % 256 == 0:
         return Tile(128, 256, pair, pingpong=False)
     return Tile(128, _least_waste(columns), pair, pingpong=True)

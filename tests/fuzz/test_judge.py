@@ -55,6 +55,12 @@ def test_a_wrong_rewrite_is_found(monkeypatch: pytest.MonkeyPatch, after: Any, n
     assert "verification failed" in refused.reason
 
 
+def test_where_all_is_zero_nothing_differs() -> None:
+    nothing = {"output 0": torch.zeros(2)}
+    assert difference(nothing, nothing) is None
+    assert difference(nothing, {"output 0": torch.ones(2)}) is not None
+
+
 def test_a_missing_site_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_compile, "report", lambda model: Report((), (), 0))
     verdict = judge(GROUPED)

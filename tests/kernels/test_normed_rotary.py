@@ -211,6 +211,7 @@ def test_the_same_bits_again_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_compiled_graph_starts_the_kernels_itself() -> None:
     run = torch.compile(normed_rotary, fullgraph=True, dynamic=True)
     given = case(2, 4, 33, 64, angles=(1, 1, 33, 64), dtype=torch.bfloat16, device="cuda")

@@ -34,6 +34,7 @@ DEVICES = [
         marks=[
             pytest.mark.gpu,
             pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and quack-kernels"),
+            pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
         ],
     ),
 ]

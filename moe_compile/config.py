@@ -37,6 +37,9 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """What a field takes beside its choices."""
 
+CONFIG = "_moe_compile_config"
+"""The attribute of an optimized model that holds its config."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeConfig:

@@ -10,7 +10,7 @@ Source: torch's "Whole-network capture", https://docs.pytorch.org/docs/stable/no
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_compile.adapters import transformers as hf
+from moe_compile.config import CONFIG, OptimizeConfig
 from moe_compile.install.count_picks import COUNTS
 from moe_compile.optimize import report
 
@@ -41,16 +42,17 @@ class GraphedStep:
     parameters and buffers, must stay where it is in memory.
 
     Args:
-        model: what `optimize` returned, on CUDA, with transformers' attention `sdpa`. Experts on
-            several ranks need DeepEP and `OptimizeConfig(max_tokens_per_rank=...)`: any other
-            dispatch waits for the device in every layer.
+        model: what `optimize` returned, on CUDA, with transformers' attention `sdpa`. On several
+            ranks experts need DeepEP and `max_tokens_per_rank`, as any other dispatch waits for the
+            device, and FSDP2 `fsdp={"reshard_after_forward": False}`: a step that gathered in the
+            backward, too, did not come back. All ranks call a step, with batches of one shape.
 
     Raises:
         ValueError: for another model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        report(model)
+        _check_ranks(model)
         kind = hf.attention_kind(model)
         device = next(model.parameters()).device
         if kind != "sdpa" or device.type != "cuda":
@@ -92,14 +94,35 @@ class _Captured:
     def replay(self, batch: dict[str, Tensor]) -> Tensor:
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
-        before = [p.grad.clone() if p.grad is g else p.grad for p, g in self.grads]
+        before = [g.clone() if p.grad is g else p.grad for p, g in self.grads]
         self.graph.replay()
         for (parameter, grad), held in zip(self.grads, before, strict=True):
             parameter.grad = grad if held is None else held.add_(grad)
         return self.loss.clone()
 
 
-def _check(batch: dict[str, Tensor], device: torch.device) -> None:
+def _check_ranks(model: nn.Module) -> None:
+    found = report(model)
+    config: OptimizeConfig = getattr(model, CONFIG)
+    waits = found.dispatchers and (
+        "all_to_all" in found.dispatchers or config.max_tokens_per_rank is None
+    )
+    gathers = found.mesh and not (config.fsdp is False or _stays_gathered(config.fsdp))
+    if waits or gathers:
+        raise ValueError(
+            f"GraphedStep got a model on {found.mesh} whose tokens travel by "
+            f"{list(found.dispatchers)}, with max_tokens_per_rank={config.max_tokens_per_rank} and "
+            f"fsdp={config.fsdp!r}; on several ranks it takes DeepEP that does not wait for the "
+            "device, and parameters that stay gathered until the backward; pass OptimizeConfig("
+            'max_tokens_per_rank=..., fsdp={"reshard_after_forward": False}) to optimize'
+        )
+
+
+def _stays_gathered(fsdp: Any) -> bool:
+    return isinstance(fsdp, Mapping) and fsdp.get("reshard_after_forward") is False
+
+
+def _check(batch: dict[str, Any], device: torch.device) -> None:
     wrong = {
         name: getattr(value, "device", type(value).__name__)
         for name, value in batch.items()

@@ -22,7 +22,7 @@ from moe_compile.capture.shadow import cast_shadow
 from moe_compile.capture.unreached import Missed, unreached
 from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
-from moe_compile.config import OptimizeConfig
+from moe_compile.config import CONFIG, OptimizeConfig
 from moe_compile.install.compile import compile_options, compile_units, is_layer
 from moe_compile.install.head import HeadPlan, install_head, plan_head
 from moe_compile.install.sites import Installation, install, prepare
@@ -138,6 +138,7 @@ def optimize(
     group = None if work.layout is None or work.layout.group is None else work.layout.group
     setattr(model, ROUTERS, Routers(found, group and group.group_name))
     setattr(model, _REPORT, _summary(work))
+    setattr(model, CONFIG, config)
     return model
 
 

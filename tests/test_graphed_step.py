@@ -12,6 +12,25 @@ from moe_compile import GraphedStep, OptimizeConfig, RouterLoad
 from moe_compile.adapters.transformers import attention_kind, without_masks
 from tests.families import build
 from tests.pairs import error, pair, token_ids
+from tests.parallel.models import optimized, small
+from tests.ranks import on_ranks
+
+
+def on_two_ranks_it_takes_what_can_be_captured() -> None:
+    gathered: Any = {"reshard_after_forward": False}
+    cases: list[tuple[str, Any]] = [("ep", "auto"), ("ep", gathered), ("dp_shard", "auto")]
+    for mesh, fsdp in cases:
+        config = OptimizeConfig(autocast=False, verify="off", fsdp=fsdp)
+        with pytest.raises(ValueError, match="on several ranks it takes DeepEP that does not wait"):
+            GraphedStep(optimized(small(), mesh, config))
+    config = OptimizeConfig(autocast=False, verify="off", fsdp=gathered)
+    with pytest.raises(ValueError, match="it takes one on cuda"):
+        GraphedStep(optimized(small(), "dp_shard", config))
+
+
+def test_on_two_ranks_it_takes_what_can_be_captured() -> None:
+    on_ranks(2, on_two_ranks_it_takes_what_can_be_captured)
+
 
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
 
@@ -114,11 +133,12 @@ class TestOnAGPU:
     def test_what_it_does_not_take_is_an_error(self) -> None:
         model = on_gpu("qwen3_moe")
         step = GraphedStep(model)
-        (batch, *_) = batches()
+        batch: dict[str, Any] = batches()[0]
+        number: Any = 3
         with pytest.raises(ValueError, match=r"got {'input_ids': device\(type='cpu'\)}"):
             step(**batch | {"input_ids": batch["input_ids"].cpu()})
         with pytest.raises(ValueError, match=r"got {'num_items_in_batch': 'int'}"):
-            step(**batch, num_items_in_batch=3)
+            step(**batch, num_items_in_batch=number)
         with pytest.raises(ValueError, match="whole rows, without masks"):
             step(**batch, attention_mask=torch.ones_like(batch["labels"]))
         windowed = GraphedStep(on_gpu("mixtral", sliding_window=8))

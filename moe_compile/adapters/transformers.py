@@ -126,7 +126,9 @@ def without_masks(model: nn.Module) -> Generator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
     named = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
     for config in named:
         config._attn_implementation = _UNMASKED

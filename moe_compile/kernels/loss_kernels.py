@@ -50,11 +50,15 @@ def _to_gradient(
             largest = larger
         log_sum = largest + tl.log2(total)
         tl.store(losses + row, (log_sum / log2e - own) * factor)
-        for start in range(0, width, size):
-            columns = start + tl.arange(0, size)
-            values = tl.load(logits + columns, mask=columns < width, other=0).to(tl.float32)
-            grad = tl.exp2(values * log2e - log_sum) - tl.where(columns == label, 1.0, 0.0)
-            tl.store(logits + columns, grad * factor, mask=columns < width)
+        # Backwards, as what was read last is what the cache still has; nothing is read again.
+        chunks: tl.constexpr = (width + size - 1) // size
+        for chunk in range(chunks):
+            columns = (chunks - 1 - chunk) * size + tl.arange(0, size)
+            inside = columns < width
+            values = tl.load(logits + columns, mask=inside, other=0, eviction_policy="evict_first")
+            grad = tl.exp2(values.to(tl.float32) * log2e - log_sum)
+            grad = (grad - tl.where(columns == label, 1.0, 0.0)) * factor
+            tl.store(logits + columns, grad, mask=inside, eviction_policy="evict_first")
 
 
 def to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:

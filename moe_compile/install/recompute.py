@@ -62,6 +62,7 @@ _DEAR = (
     "moe_compile::fp8_mm",
     "moe_compile::fp8_grouped_mm",
     "moe_compile::te_fp8_linear",
+    "moe_compile::quack_product",
     *(
         f"moe_compile::{name}_{op}"
         for name in _DISPATCHERS

@@ -55,14 +55,18 @@ def activate(x: Tensor, weight: Tensor, offs: Tensor, key: str) -> Tensor:
 
 @torch.library.custom_op("moe_compile::activate_backward", mutates_args=())
 def activate_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x, [R, N], and of weight, [R, 1]; grad is [R, I]."""
+    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, [R, N], and of weight, [R, 1]; grad is [R, I].
+
+    And, if `again`, the result once more, for whoever did not keep it; else nothing.
+    """
     if x.is_cuda and x.dtype != torch.float64:
-        return _backward_on_gpu(grad, x, weight, offs, key)
+        return _backward_on_gpu(grad, x, weight, offs, key, again)
     out, pull_back, *_ = torch.func.vjp(lambda x: _run(key, x), x)
     grad_weight = (out * grad).sum(1, keepdim=True).to(weight.dtype)
-    return pull_back((grad * weight).to(x.dtype))[0].contiguous(), grad_weight
+    grad_x = pull_back((grad * weight).to(x.dtype))[0].contiguous()
+    return grad_x, grad_weight, (out * weight).to(x.dtype) if again else x.new_empty(0, 0)
 
 
 def _known(key: str, x: Tensor) -> ActivationSource:
@@ -85,11 +89,18 @@ def _forward_on_gpu(
 
 
 def _backward_on_gpu(
-    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str, *, wrap: Wrap = as_it_is
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    key: str,
+    again: bool = False,
+    *,
+    wrap: Wrap = as_it_is,
+) -> tuple[Tensor, Tensor, Tensor]:
     from moe_compile.kernels import activation_kernels
 
-    return activation_kernels.backward(_known(key, x), grad, x, weight, offs, wrap=wrap)
+    return activation_kernels.backward(_known(key, x), grad, x, weight, offs, again, wrap=wrap)
 
 
 show_kernels(activate, _forward_on_gpu)
@@ -102,8 +113,11 @@ def _(x: Tensor, weight: Tensor, offs: Tensor, key: str) -> Tensor:
 
 
 @activate_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, offs: Tensor, key: str, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    result = x.new_empty(grad.shape if again else (0, 0))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), result
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
@@ -112,7 +126,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) 
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *activate_backward(grad, *ctx.saved_tensors, ctx.key), None, None
+    grad_x, grad_weight, _ = activate_backward(grad, *ctx.saved_tensors, ctx.key)
+    return grad_x, grad_weight, None, None
 
 
 activate.register_autograd(_backward, setup_context=_save)

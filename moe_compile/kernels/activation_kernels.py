@@ -36,16 +36,19 @@ def backward(
     x: Tensor,
     weight: Tensor,
     offs: Tensor,
+    again: bool,
     *,
     wrap: Wrap = as_it_is,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`activation.activate_backward` on a GPU: everything is read once."""
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    out = x.new_empty(grad.shape if again else (0, 0))
     inputs = (t.contiguous() for t in (grad, x, weight))
+    outputs = grad_x, grad_weight, out if again else grad_x
     grid = (at_least_one(x.shape[0]),)
     run = wrap(_kernels(source)["backward"])
-    run[grid](*inputs, offs, grad_x, grad_weight, offs.shape[0] - 1, _size(source))
-    return grad_x, grad_weight
+    run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), again)
+    return grad_x, grad_weight, out
 
 
 def _size(source: ActivationSource) -> int:
@@ -67,7 +70,18 @@ def forward(x, weight, offs, out, last, size: tl.constexpr):
 
 _BACKWARD = """
 @triton.jit
-def backward(outer, x, weight, offs, grad_x, grad_weight, last, size: tl.constexpr):
+def backward(
+    outer,
+    x,
+    weight,
+    offs,
+    grad_x,
+    grad_weight,
+    out,
+    last,
+    size: tl.constexpr,
+    again: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(offs + last):
         scale = tl.load(weight + row).to(tl.float32)
@@ -81,6 +95,8 @@ def backward(outer, x, weight, offs, grad_x, grad_weight, last, size: tl.constex
             {lines}
             total += tl.where(inside, {result} * own, 0.0)
             {stores}
+            if again:
+                tl.store(out + row * {width} + at, {result} * scale, mask=inside)
         tl.store(grad_weight + row, tl.sum(total, axis=0))
 """
 

@@ -62,12 +62,16 @@ def bias_rows(bias: Tensor, expert: Tensor, offs: Tensor) -> Tensor:
     return rows
 
 
+def kernels_of(activation: Callable[[Tensor], Tensor], rows: Tensor) -> str | None:
+    """The key of the kernels for this activation of these rows; None where there are none."""
+    key: str | None = getattr(activation, "key", None)
+    has_kernels = rows.is_cuda and rows.dtype != torch.float64
+    return key if key is not None and has_kernels and is_fusable(key, rows.shape[1]) else None
+
+
 def weighed(
     activation: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, offs: Tensor
 ) -> Tensor:
     """activation(rows) * weight, by kernels for this activation where there are some."""
-    key: str | None = getattr(activation, "key", None)
-    has_kernels = rows.is_cuda and rows.dtype != torch.float64
-    if key is None or not has_kernels or not is_fusable(key, rows.shape[1]):
-        return activation(rows) * weight
-    return activate(rows, weight, offs, key)
+    key = kernels_of(activation, rows)
+    return activation(rows) * weight if key is None else activate(rows, weight, offs, key)

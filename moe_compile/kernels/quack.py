@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_compile.kernels.activation import activate, activate_backward
 from moe_compile.kernels.expert_rows import collect_rows
 from moe_compile.kernels.quack_tiles import Tile, product_tile, weight_tile
 
@@ -192,6 +193,38 @@ class _ProductCollect(torch.autograd.Function):
         return grad_rows, grad_w, *[None] * 7
 
 
+class _WeighedProductCollect(torch.autograd.Function):
+    """`weighed_product_collect`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        w: Tensor,
+        key: str,
+        transposed: bool,
+        picks: int,
+        *indices: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, w, *indices)
+        ctx.key, ctx.transposed, ctx.picks = key, transposed, picks
+        where = Where(picks, *indices)
+        return _collected(activate(rows, weight, where.offs, key), w, where, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, w, *indices = ctx.saved_tensors
+        where, grad = Where(ctx.picks, *indices), grads[0].contiguous()
+        outer = quack_product(grad, w, where.ends, where.tokens, not ctx.transposed)
+        given = outer, rows, weight, where.offs, ctx.key, ctx.needs_input_grad[2]
+        grad_rows, grad_weight, weighed = activate_backward(*given)
+        grad_w = None
+        if ctx.needs_input_grad[2]:
+            grad_w = _weight_grad(grad, weighed, w, where, not ctx.transposed)
+        return grad_rows, grad_weight, grad_w, *[None] * 8
+
+
 def _collected(rows: Tensor, w: Tensor, where: Where, transposed: bool) -> Tensor:
     products = quack_product(rows, w, where.ends, None, transposed)
     return collect_rows(products, where.order, where.inverse, where.offs, where.picks)
@@ -223,4 +256,18 @@ def product_collect(rows: Tensor, w: Tensor, where: Where, transposed: bool) -> 
     """
     picks, *indices = where
     out: Tensor = _ProductCollect.apply(rows, w, transposed, picks, *indices)
+    return out
+
+
+def weighed_product_collect(
+    rows: Tensor, weight: Tensor, key: str, w: Tensor, where: Where, transposed: bool
+) -> Tensor:
+    """`product_collect` of activation(rows) * weight, which is not kept for the backward.
+
+    Its gradient's kernel computes it anyhow. So a block keeps the tokens and `rows` alone.
+
+    Args: as of `product_collect`, but rows: [P, N]. weight: [P, 1]. key: of the activation.
+    """
+    picks, *indices = where
+    out: Tensor = _WeighedProductCollect.apply(rows, weight, w, key, transposed, picks, *indices)
     return out

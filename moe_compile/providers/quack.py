@@ -17,10 +17,16 @@ from moe_compile.kernels.expert_parts import (
     arrange_weights,
     bias_rows,
     experts_of_rows,
-    weighed,
+    kernels_of,
 )
 from moe_compile.kernels.expert_rows import collect_rows, group_picks
-from moe_compile.kernels.quack import library, product_collect, spread_product, where_rows_are
+from moe_compile.kernels.quack import (
+    library,
+    product_collect,
+    spread_product,
+    weighed_product_collect,
+    where_rows_are,
+)
 from moe_compile.ops import fp8
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call, Lacks
@@ -55,8 +61,12 @@ def _experts(
     rows = spread_product(x.to(up.dtype), up, where, not transposed)
     if up_bias is not None:
         rows = rows + bias_rows(up_bias, expert, offs)
-    rows = weighed(activation, rows, weight, offs).to(down.dtype)
-    out = product_collect(rows, down, where, not transposed)
+    key = kernels_of(activation, rows)
+    if key is None:
+        weighed = (activation(rows) * weight).to(down.dtype)
+        out = product_collect(weighed, down, where, not transposed)
+    else:
+        out = weighed_product_collect(rows, weight, key, down, where, not transposed)
     if down_bias is not None:
         out = out + collect_rows(bias_rows(down_bias, expert, offs) * weight, *grouped, picks)
     return out.to(x.dtype)

@@ -10,7 +10,7 @@ Source: torch's "Whole-network capture", https://docs.pytorch.org/docs/stable/no
 """
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,7 +62,7 @@ class GraphedStep:
                 "attn_implementation='sdpa'"
             )
         self._model, self._device = model, device
-        self._graphs: dict[tuple[Any, ...], _Captured] = {}
+        self._graphs: dict[Hashable, _Captured] = {}
 
     def __call__(self, **batch: Tensor) -> Tensor:
         """The loss of a batch, whose gradients are in the parameters' `grad`.
@@ -76,7 +76,8 @@ class GraphedStep:
             RuntimeError: if the step waits for the device, or the graph computes something else.
         """
         _check(batch, self._device)
-        key = tuple((name, t.shape, t.dtype) for name, t in sorted(batch.items()))
+        forms = tuple((name, t.shape, t.dtype) for name, t in sorted(batch.items()))
+        key = self._model.training, forms
         if key not in self._graphs:
             self._graphs[key] = _capture(self._model, batch)
         return self._graphs[key].replay(batch)

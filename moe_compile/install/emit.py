@@ -9,6 +9,7 @@ import itertools
 import keyword
 import linecache
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ def emit(graph: fx.Graph, name: str, *, method: bool = True) -> Callable[..., An
     exec(compile(source, filename, "exec"), namespace)  # our own source, from our own graph
     function: Callable[..., Any] = namespace[name]
     function.__dict__["source"] = source
+    weakref.finalize(function, linecache.cache.pop, filename, None)
     return function
 
 

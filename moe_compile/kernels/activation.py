@@ -24,8 +24,18 @@ def register(graph: fx.Graph) -> str:
     """The key of an activation, the same in every process."""
     text = "; ".join(f"{n.name} = {n.target}{n.args}{n.kwargs or ''}" for n in graph.nodes)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    _GRAPHS.setdefault(key, graph)
+    if key not in _GRAPHS:
+        _GRAPHS[key] = _without_values(graph)
     return key
+
+
+def _without_values(graph: fx.Graph) -> fx.Graph:
+    """A copy without the fake values, which hold on to all of the capture that they are from."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        node.meta.clear()
+    return copy
 
 
 @torch.compiler.assume_constant_result  # Dynamo runs it while it traces

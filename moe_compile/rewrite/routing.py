@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moe_compile.capture.tensor_form import expression
 from moe_compile.rewrite.choices import choices_of
 from moe_compile.rewrite.dispatch_mask import Mask
 from moe_compile.rewrite.expert_bodies import Bodies
@@ -169,7 +170,7 @@ class _Slice:
     def __init__(self, bodies: Bodies, root: fx.Node, tokens: fx.Node) -> None:
         self.bodies, self.root, self.tokens = bodies, root, tokens
         self.inputs = {step.result: step.reads for step in bodies.steps}
-        self.count: str = str(value(tokens).shape[0])
+        self.count = expression(value(tokens).shape[0])
         self.nodes = self._between([tokens])
         self.computed = depending_on(bodies.nodes)
         self.weights: list[fx.Node] = []
@@ -246,7 +247,8 @@ class _Slice:
         if not isinstance(result, Tensor) or node is self.tokens or node in self.computed:
             return False
         sizes: list[Any] = list(result.shape)
-        return str(sizes[:1]) == f"[{self.count}]" and all(isinstance(s, int) for s in sizes[1:])
+        first = [expression(size) for size in sizes[:1]]
+        return first == [self.count] and all(isinstance(s, int) for s in sizes[1:])
 
     def _is_per_pick(self, node: fx.Node, dtype: torch.dtype) -> bool:
         if not self._is_of_each_token(node) or value(node).dim() > 2:

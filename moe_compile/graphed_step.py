@@ -44,8 +44,8 @@ class GraphedStep:
     Args:
         model: what `optimize` returned, on CUDA, with transformers' attention `sdpa`. On several
             ranks experts need DeepEP and `max_tokens_per_rank`, as any other dispatch waits for the
-            device, and FSDP2 `fsdp={"reshard_after_forward": False}`: a step that gathered in the
-            backward, too, did not come back. All ranks call a step, with batches of one shape.
+            device, and FSDP2 `fsdp={"reshard_after_forward": False}`: nothing else was seen to work
+            in a graph. All ranks call a step, with batches of one shape.
 
     Raises:
         ValueError: for another model.

@@ -44,7 +44,7 @@ def backward(
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     out = x.new_empty(grad.shape if again else (0, 0))
     inputs = (t.contiguous() for t in (grad, x, weight))
-    outputs = grad_x, grad_weight, out if again else grad_x
+    outputs = grad_x, grad_weight, out
     grid = (at_least_one(x.shape[0]),)
     run = wrap(_kernels(source)["backward"])
     run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), again)

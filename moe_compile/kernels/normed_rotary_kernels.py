@@ -191,7 +191,7 @@ def forward(
     form = _form(x, weight, cos, interleaved)
     sizes = _sizes(x)
     strides = *x.stride()[:3], *_strides_of_angles(cos)
-    scalars = 1 / x.shape[-1], eps, offset
+    scalars = 1 / _width(x), eps, offset
     grid = (at_least_one(triton.cdiv(sizes[0], form["block"])),)
     given = x, x if weight is None else weight.contiguous(), cos, sin, out
     wrap(_forward)[grid](*given, *sizes, *strides, *scalars, **form)
@@ -216,7 +216,7 @@ def backward(
     grad_x = x.new_empty(x.shape)
     parts = x.new_empty(0 if weight is None else programs, x.shape[-1], dtype=torch.float32)
     strides = *grad.stride()[:3], *x.stride()[:3], *_strides_of_angles(cos)
-    scalars = 1 / x.shape[-1], eps, offset
+    scalars = 1 / _width(x), eps, offset
     given = grad, x, x if weight is None else weight.contiguous(), cos, sin, grad_x, parts
     form = _form(x, weight, cos, interleaved)
     wrap(_backward)[(programs,)](*given, *_sizes(x), *strides, *scalars, **form)
@@ -235,6 +235,11 @@ def _strides_of_angles(cos: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in sizes)
 
 
+def _width(x: Tensor) -> int:
+    """As a number of Python: the kernels of a compiled graph are for one width."""
+    return int(x.shape[-1])
+
+
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     batch, length, heads, _ = x.shape
     return batch * length * heads, heads, length
@@ -242,7 +247,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 def _form(x: Tensor, weight: Tensor | None, cos: Tensor, interleaved: bool) -> dict[str, Any]:
     """What a kernel is compiled for."""
-    half = x.shape[-1] // 2
+    half = _width(x) // 2
     size = triton.next_power_of_2(half)
     return {
         "half": half,

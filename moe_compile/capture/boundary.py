@@ -156,14 +156,14 @@ class CallLog:
 
     def _functions(self) -> Any:
         """Marks custom autograd functions: tracing drops their backward, so nothing may cut in."""
-        original: Any = torch.autograd.Function.apply
+        original: Any = vars(torch.autograd.Function)["apply"]  # unbound, of Python or of C
         log = self
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             if proxy_tensor.get_proxy_mode() is None:  # in an operator, below the trace
-                return original.__func__(cls, *args, **kwargs)
+                return original.__get__(None, cls)(*args, **kwargs)
             log._begin(None, cls.__name__, args, kwargs)
-            output = original.__func__(cls, *args, **kwargs)
+            output = original.__get__(None, cls)(*args, **kwargs)
             log._end(output)
             return output
 

@@ -21,8 +21,9 @@ from timing import failure, milliseconds
 from torch import Tensor
 
 from moe_compile.kernels import quack
+from moe_compile.kernels.expert_block import Where
 from moe_compile.kernels.expert_rows import group_picks
-from moe_compile.kernels.quack import Where, quack_product, quack_weight_grad, where_rows_are
+from moe_compile.kernels.quack import quack_product, quack_weight_grad, where_rows_are
 from moe_compile.kernels.quack_tiles import Tile, product_tile, weight_tile
 
 SHAPES = ("32768,2048,768,128,8", "8192,2048,768,128,8")

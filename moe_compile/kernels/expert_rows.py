@@ -60,6 +60,18 @@ def spread_rows(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: 
     return spread_meaning(x, order, picks)
 
 
+@torch.library.custom_op("moe_compile::spread_rows_again", mutates_args=())
+def spread_rows_again(
+    x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int, after: Tensor
+) -> Tensor:
+    """`spread_rows` for a backward whose forward did not keep them.
+
+    Args: as of `spread_rows`. after: what is only there in the backward, and not read: else a
+        compiler could spread the rows in the forward, and keep them.
+    """
+    return spread_rows(x, order, inverse, offs, picks)
+
+
 def spread_meaning(x: Tensor, order: Tensor, picks: int) -> Tensor:
     """`spread_rows` in torch."""
     return x.index_select(0, order // picks)
@@ -134,6 +146,11 @@ def _(ids: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tenso
 
 @spread_rows.register_fake
 def _(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+@spread_rows_again.register_fake
+def _(x: Tensor, order: Tensor, inverse: Tensor, offs: Tensor, picks: int, after: Tensor) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 

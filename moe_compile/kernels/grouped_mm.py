@@ -159,3 +159,10 @@ def grouped_linear(x: Tensor, w: Tensor, offs: Tensor, transposed: bool = False)
     if x.device.type == "cuda" and _native(x, matrices) and _native_in_graph(x, matrices):
         return F.grouped_mm(x, matrices, offs=offs)
     return grouped_mm(x, w, offs, transposed)
+
+
+def grouped_weight_grad(x: Tensor, g: Tensor, offs: Tensor) -> Tensor:
+    """`grouped_mm_weight_grad`, by torch's own op where `grouped_linear` has it."""
+    if x.device.type == "cuda" and _native(x.t(), g) and _native_in_graph(x, g[None]):
+        return F.grouped_mm(x.t(), g, offs=offs)
+    return grouped_mm_weight_grad(x, g, offs)

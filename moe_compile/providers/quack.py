@@ -13,20 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_compile import ops
-from moe_compile.kernels.expert_parts import (
-    arrange_weights,
-    bias_rows,
-    experts_of_rows,
-    kernels_of,
-)
-from moe_compile.kernels.expert_rows import collect_rows, group_picks
-from moe_compile.kernels.quack import (
-    library,
-    product_collect,
-    spread_product,
-    weighed_product_collect,
-    where_rows_are,
-)
+from moe_compile.kernels.expert_block import sum_of_experts
+from moe_compile.kernels.quack import NAME, library
 from moe_compile.ops import fp8
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call, Lacks
@@ -53,30 +41,15 @@ def _experts(
     places: Tensor | None = None,
     recipe: fp8.Recipe | None = None,
 ) -> Tensor:
-    num_experts, picks = up.shape[0], ids.shape[1]
-    num_rows = None if places is None else places.shape[0]
-    grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
-    where = where_rows_are(picks, *grouped)
-    weight, expert = arrange_weights(weights, *grouped), experts_of_rows(ids, num_experts, order)
-    rows = spread_product(x.to(up.dtype), up, where, not transposed)
-    if up_bias is not None:
-        rows = rows + bias_rows(up_bias, expert, offs)
-    key = kernels_of(activation, rows)
-    if key is None:
-        weighed = (activation(rows) * weight).to(down.dtype)
-        out = product_collect(weighed, down, where, not transposed)
-    else:
-        out = weighed_product_collect(rows, weight, key, down, where, not transposed)
-    if down_bias is not None:
-        out = out + collect_rows(bias_rows(down_bias, expert, offs) * weight, *grouped, picks)
-    return out.to(x.dtype)
+    given = x, ids, weights, up, down, activation, up_bias, down_bias
+    return sum_of_experts(NAME, *given, transposed=transposed, places=places)
 
 
 @dataclass(frozen=True)
 class QuackProvider:
     """quack's kernels as custom ops, so that no layer's graph breaks."""
 
-    name: str = "quack"
+    name: str = NAME
     package: str | None = "quack-kernels"
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:

@@ -10,17 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.kernels.expert_block import sum_of_experts
 from moe_compile.kernels.expert_parts import (
     arrange_weights,
     bias_rows,
     experts_of_rows,
     weighed,
 )
-from moe_compile.kernels.expert_rows import (
-    collect_rows,
-    group_picks,
-    spread_rows,
-)
+from moe_compile.kernels.expert_rows import collect_rows, group_picks, spread_rows
 from moe_compile.kernels.fp8 import (
     experts_problem,
     fp8_grouped_linear,
@@ -28,6 +25,7 @@ from moe_compile.kernels.fp8 import (
     linear_problem,
 )
 from moe_compile.kernels.grouped_mm import grouped_linear, mask_tail
+from moe_compile.kernels.grouped_products import NAME
 from moe_compile.kernels.linear_cross_entropy import linear_cross_entropy
 from moe_compile.kernels.normed_rotary import misfit, normed_rotary
 from moe_compile.ops import fp8
@@ -173,6 +171,9 @@ def _experts(
     places: Tensor | None = None,
     recipe: fp8.Recipe | None = None,
 ) -> Tensor:
+    if norm is None and not weigh_input and recipe is None:
+        given = x, ids, weights, up, down, activation, up_bias, down_bias
+        return sum_of_experts(NAME, *given, transposed=transposed, places=places)
     linear = grouped_linear if recipe is None else partial(fp8_grouped_linear, recipe=recipe)
     num_experts, picks = up.shape[0], ids.shape[1]
     num_rows = None if places is None else places.shape[0]

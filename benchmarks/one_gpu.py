@@ -180,6 +180,7 @@ def main() -> None:
             print(f"{peer} did not run: {lines[-1]}")
         else:
             rows.append(tuple(lines[-1].split("\t")))
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     print(describe())
     print(f"{args.layers} layers, {args.batch} x {args.length} tokens\n")
     header = ("peer", "forward, backward", "step", "tokens/s", "persistent", "peak")

@@ -18,8 +18,8 @@ MAX_LINES = 500
 # Words that some model type starts with, and that say nothing of a model in code.
 GENERIC = """
     align audio clip conditional data decision deformable depth diffusion dots encoder
-    embedding encoder_decoder fast flex funnel mask perception prompt recurrent seed speech step switch table
-    time video vision visual
+    embedding encoder_decoder fast flex funnel mask perception prompt recurrent seed speech step
+    switch table time video vision visual
 """
 
 

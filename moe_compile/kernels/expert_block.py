@@ -19,6 +19,7 @@ from moe_compile.kernels.activation import activate, activate_backward
 from moe_compile.kernels.expert_parts import (
     arrange_weights,
     bias_rows,
+    bias_sums,
     experts_of_rows,
     kernels_of,
 )
@@ -88,10 +89,10 @@ def sum_of_experts(
     num_rows = None if places is None else places.shape[0]
     grouped = order, _, offs = group_picks(ids, num_experts, num_rows)
     where = _PRODUCTS[products].locate(picks, *grouped)
-    weight, expert = arrange_weights(weights, *grouped), experts_of_rows(ids, num_experts, order)
+    weight = arrange_weights(weights, *grouped)
     rows = spread_product(products, x.to(up.dtype), up, where, not transposed)
     if up_bias is not None:
-        rows = rows + bias_rows(up_bias, expert, offs)
+        rows = rows + bias_rows(up_bias, experts_of_rows(ids, num_experts, order), offs)
     key = kernels_of(activation, rows)
     if key is None:
         weighed = (activation(rows) * weight).to(down.dtype)
@@ -99,7 +100,7 @@ def sum_of_experts(
     else:
         out = weighed_product_collect(products, rows, weight, key, down, where, not transposed)
     if down_bias is not None:
-        out = out + collect_rows(bias_rows(down_bias, expert, offs) * weight, *grouped, picks)
+        out = out + bias_sums(down_bias, ids, weights)
     return out.to(x.dtype)
 
 

@@ -62,6 +62,25 @@ def bias_rows(bias: Tensor, expert: Tensor, offs: Tensor) -> Tensor:
     return rows
 
 
+def bias_sums(bias: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Each token's weighed sum of its experts' biases, as a product of [T, E] and bias[E, N].
+
+    Args:
+        bias: [E, N].
+        ids: [T, K]; -1 for a pick that lives elsewhere.
+        weights: [T, K].
+
+    Returns:
+        [T, N] in float32, if that is wider; zero for a token without a pick, whose weights and
+        gradient may be anything.
+    """
+    dtype = torch.promote_types(torch.promote_types(bias.dtype, weights.dtype), torch.float32)
+    is_own = ids[:, :, None] == torch.arange(bias.shape[0], device=ids.device)
+    of_expert = torch.where(is_own, weights[:, :, None].to(dtype), 0).sum(dim=1)
+    sums = of_expert @ bias.to(dtype)
+    return torch.where((ids >= 0).any(dim=1, keepdim=True), sums, 0)
+
+
 def kernels_of(activation: Callable[[Tensor], Tensor], rows: Tensor) -> str | None:
     """The key of the kernels for this activation of these rows; None where there are none."""
     key: str | None = getattr(activation, "key", None)

@@ -82,18 +82,20 @@ def test_compiles_for_any_number_of_tokens(device: str) -> None:
         check(torch.randint(-1, E, (tokens, 2)), fn=compiled)
 
 
-def test_tokens_without_a_pick_may_be_anything(device: str) -> None:
-    """NaN in them and in their gradients reaches nothing else."""
+@pytest.mark.parametrize("biased", [False, True])
+def test_tokens_without_a_pick_may_be_anything(biased: bool) -> None:
+    """NaN in them, in their weights and in their gradients reaches nothing else."""
     ids = torch.randint(-1, E, (70, 2))
     ids[60:] = -1
     found: list[list[Tensor]] = []
-    leaves = [leaf(70, H), leaf(70, 2), *matrices(False, False)]
+    leaves = [leaf(70, H), leaf(70, 2), *matrices(False, biased)]
     for garbage in (0.0, float("nan")):
-        x, weights, up, down = inputs = [t.detach().to(BF16).requires_grad_() for t in leaves]
-        x.data[60:] = garbage
+        inputs = [t.detach().to(BF16).requires_grad_() for t in leaves]
+        x, weights, up, down, *biases = inputs
+        x.data[60:] = weights.data[60:] = garbage
         grad = torch.ones(70, OUT, dtype=BF16)
         grad[60:] = garbage
-        out = FN(x, ids, weights, up, down, swiglu)
+        out = FN(x, ids, weights, up, down, swiglu, *biases)
         grads = torch.autograd.grad(out, inputs, grad)
         found.append([out[:60], grads[0][:60], grads[1][:60], *grads[2:]])
     for clean, value in zip(*found, strict=True):

@@ -6,19 +6,21 @@ where it is missing:
 
 * `PreTrainedConfig._experts_implementation`: experts that can be traced; without it a shadow runs
   those that the model does.
-* `PreTrainedConfig._attn_implementation`: the attention's name, which a `GraphedStep` changes;
-  without it there are none.
+* `PreTrainedConfig._attn_implementation`: the attention's name, which a `GraphedStep` changes, and
+  a shadow whose attention cannot be traced; without it there are none of either.
 * `utils.output_capturing._active_collector`: recording router logits inside compiled layers;
   without it Dynamo cannot trace the recording hooks, and `output_router_logits=True` needs
   `compile=False`.
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+import functools
+import re
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HANDED_THROUGH = (
     "num_items_in_batch",
@@ -56,13 +58,52 @@ def _outer(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def make_traceable(shadow: nn.Module) -> None:
-    """Chooses traceable experts and no checkpointing on a shadow; the results are the same."""
+    """Chooses traceable experts and no checkpointing on a shadow; the results are the same.
+
+    Attention by another library's kernels, and masks that are no tensors, cannot be traced: there
+    is a function in its place, as which it is refused, and no mask.
+    """
     for module in shadow.modules():
         if getattr(module, "gradient_checkpointing", False):
             vars(module)["gradient_checkpointing"] = False
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "grouped_mm"
+    kinds = [(c, c._attn_implementation) for c in _configs(shadow)]
+    for config, kind in kinds:
+        wanted = kind if kind in (None, "eager", "sdpa", _UNMASKED) else _foreign_attention(kind)
+        if config._attn_implementation != wanted:  # setting it sets those of inner configs, too
+            config._attn_implementation = wanted
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Each config in the model that has a kind of attention, outer ones first."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+
+
+@functools.cache
+def _foreign_attention(kind: str) -> str:
+    """The name of an attention that stands for `kind`, in a graph that nothing is cut out of."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def forward(ctx: Any, run: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        return run(*tensors)[0]
+
+    label = re.sub(r"\W", "_", kind)
+    function = type(label, (torch.autograd.Function,), {"forward": staticmethod(forward)})
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        known = {name: options[name] for name in ("scaling", "dropout") if name in options}
+        sdpa = functools.partial(ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask=None, **known)
+        return function.apply(functools.partial(sdpa, module), query, key, value), None
+
+    name = f"moe_compile_stands_for_{label}"
+    AttentionInterface.register(name, attention)
+    return name
 
 
 def probe_inputs(
@@ -126,10 +167,7 @@ def without_masks(model: nn.Module) -> Generator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
-    configs: dict[int, Any] = {
-        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-    }
-    named = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+    named = [c for c in _configs(model) if c._attn_implementation == "sdpa"]
     for config in named:
         config._attn_implementation = _UNMASKED
     try:

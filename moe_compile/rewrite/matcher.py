@@ -362,7 +362,9 @@ def check_escapes(match: Match) -> None:
         if node.meta.get("function"):
             name = node.meta["function"]
             reason = f"{name} is a custom autograd function: its backward would be lost"
-            raise Refuse(reason, node, remedy="write it in torch's own operations")
+            refusal = Refuse(reason, node, remedy="write it in torch's own operations")
+            refusal.depth = len(node.graph.nodes)  # no other spelling would fit better
+            raise refusal
     crossed, owner = crossed_calls(match), owner_calls(match)[-1]
     for node in match.nodes - {match.root}:
         for user in node.users:

@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_compile import ops
 from moe_compile.kernels.expert_block import sum_of_experts
 from moe_compile.kernels.quack import NAME, library
-from moe_compile.ops import fp8
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
@@ -25,24 +24,15 @@ _ALIGNED = 8
 
 
 def _experts(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
+    *given: Any,
     norm: None = None,
     norm_weight: None = None,
-    transposed: bool = False,
     weigh_input: bool = False,
-    places: Tensor | None = None,
-    recipe: fp8.Recipe | None = None,
+    recipe: None = None,
+    **options: Any,
 ) -> Tensor:
-    given = x, ids, weights, up, down, activation, up_bias, down_bias
-    return sum_of_experts(NAME, *given, transposed=transposed, places=places)
+    """What the named options ask for is refused (`_kind_problem`)."""
+    return sum_of_experts(NAME, *given, **options)
 
 
 @dataclass(frozen=True)

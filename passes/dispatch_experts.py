@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from moe_compile import ops
-from moe_compile.parallel.experts import own_experts, own_weights
+from moe_compile.parallel.experts import own_experts, own_weights, scale_gradient
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.passes.facts import (
     DISPATCH_WHOLE,
@@ -56,28 +56,34 @@ class _Placing:
         x, ids, routing, up = (arguments[name] for name in ("x", "ids", "weights", "up"))
         count: int = up.meta["val"].shape[0]
         _check_division(count, self.ep.size, up)
+        out = self.node.meta["val"]
         with self.node.graph.inserting_before(self.node):
-            given = (x, ids, routing, count, self.ep.group, self.ep.max_tokens)
-            arrived = received(*(node.meta["val"] for node in (x, ids, routing)))
-            sent = self.writer.add(ops.dispatch, given, arrived)
-            for i, name in enumerate(ARRIVALS):
-                arguments[name] = self.writer.item(sent, i)
             weights = own_weights(arguments)
             is_stored = all(weight.op == "get_attr" for weight in weights.values())
             if not is_stored:
                 arguments |= {name: self._own(weight) for name, weight in weights.items()}
+            scale = self._scaled if is_stored else _as_it_is
+            tokens = scale(x, self.ep.data_ranks), ids, scale(routing, self.ep.data_ranks)
+            arrived = received(*(node.meta["val"] for node in tokens))
+            sent = self.writer.add(
+                ops.dispatch, (*tokens, count, self.ep.group, self.ep.max_tokens), arrived
+            )
+            for i, name in enumerate(ARRIVALS):
+                arguments[name] = self.writer.item(sent, i)
             handle = self.writer.item(sent, len(ARRIVALS))
-            size = x.meta["val"].shape[0]
-            tokens = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), size)
-            out = self.node.meta["val"]
+            size = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), x.meta["val"].shape[0])
             rows = arguments["x"].meta["val"].shape[0]
             computed = out.new_empty(rows, *out.shape[1:])
             result = self.writer.add(ops.experts, (), computed, arguments)
             if is_stored:
                 result.meta["data_ranks"] = self.ep.data_ranks
-            back = self.writer.add(ops.combine, (result, handle, tokens, self.ep.group), out)
+            back = self.writer.add(ops.combine, (result, handle, size, self.ep.group), out)
+            back = scale(back, 1 / self.ep.data_ranks)
         self.node.replace_all_uses_with(back)
         self.node.graph.erase_node(self.node)
+
+    def _scaled(self, node: fx.Node, factor: float) -> fx.Node:
+        return self.writer.add(scale_gradient, (node, factor), node.meta["val"])
 
     def _own(self, weight: fx.Node) -> fx.Node:
         """This rank's experts, of weights that the graph puts together from several parameters.
@@ -87,6 +93,10 @@ class _Placing:
         full = weight.meta["val"]
         own = full[: full.shape[0] // self.ep.size]
         return self.writer.add(own_experts, (weight, self.ep.group), own)
+
+
+def _as_it_is(node: fx.Node, _: float) -> fx.Node:
+    return node
 
 
 def _check_division(count: int, ranks: int, weight: fx.Node) -> None:

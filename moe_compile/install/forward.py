@@ -18,7 +18,7 @@ from moe_compile.install.cut import Cut
 from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
 from moe_compile.install.guards import EMITTED
-from moe_compile.parallel.experts import own_experts, own_weights
+from moe_compile.parallel.experts import own_experts, own_weights, scale_gradient
 from moe_compile.rewrite.refuse import Refuse
 
 _LOG = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
     for node in list(alone.nodes):
         if node.meta.get("op") in ops.JOURNEYS:
             node.target = node.meta["op"].reference
-        if node.target is own_experts:
+        if node.target in (own_experts, scale_gradient):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             alone.erase_node(node)
     return emit(alone, name)

@@ -5,8 +5,9 @@ experts by id; `dp_shard` splits a rank's experts by id too where they divide, s
 sees whole matrices, else their rows. FSDP2 leaves these parameters alone.
 
 A rank's gradient of an expert is a sum over the tokens of its whole EP group. The mean of the
-ranks' losses divides it by all ranks that have data; `on_own_experts` divides the gradient of the
-experts' output instead, which is much smaller than that of their matrices.
+ranks' losses divides it by all ranks that have data: `scale_gradient` divides the gradient of each
+token's result before it travels to the experts, as nothing is smaller, and multiplies those of the
+token and of its weights when they are back.
 """
 
 import contextlib
@@ -102,9 +103,10 @@ def placements_of(full: Tensor, mesh: DeviceMesh) -> list[Placement]:
 def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Callable[..., Tensor]:
     """An implementation of `ops.experts` that takes each rank's shards of the weights, by keyword.
 
-    The gradients of all that is not a rank's own, such as the tokens, are multiplied back. Plain
-    weights are those of a single rank, which owns all experts. What was gathered over `dp_shard` is
-    let go of after the forward, and gathered again in the backward.
+    The gradients that come here are divided by `data_ranks`; that of a parameter which every rank
+    has, such as a norm's vector, is multiplied back. Plain weights are those of a single rank,
+    which owns all experts. What was gathered over `dp_shard` is let go of after the forward, and
+    gathered again in the backward.
     """
 
     def own_experts(**given: Any) -> Tensor:
@@ -112,16 +114,14 @@ def on_own_experts(implementation: Callable[..., Tensor], data_ranks: int) -> Ca
             return implementation(**given)
         stored = own_weights(given)
         shared = {
-            name: _ScaleGradient.apply(value, data_ranks)
-            for name, value in given.items()
-            if isinstance(value, Tensor) and value.is_floating_point() and name not in stored
+            name: scale_gradient(given[name], data_ranks)
+            for name in _WEIGHTS
+            if given.get(name) is not None and name not in stored
         }
         gathered: dict[int, DTensor] = {}
         with _let_go(gathered):
             own = {name: _gathered(weight, gathered) for name, weight in stored.items()}
-            out = implementation(**given | shared | own)
-        scaled: Tensor = _ScaleGradient.apply(out, 1 / data_ranks)
-        return scaled
+            return implementation(**given | shared | own)
 
     return own_experts
 
@@ -191,6 +191,12 @@ class _Other:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient is multiplied by a number."""
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
+    return scaled
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ NORMAL_FORM = "moe_compile/rewrite/normal_form.py"
 ALL_TO_ALL = "moe_compile/kernels/all_to_all.py"
 ROWS = "moe_compile/kernels/expert_rows.py"
 SHARDS = "moe_compile/parallel/experts.py"
+PLACING = "moe_compile/passes/dispatch_experts.py"
 
 MESHES = "tests/parallel/test_meshes.py"
 EXCHANGE = "tests/kernels/test_all_to_all.py"
@@ -236,16 +237,16 @@ BUGS = (
     ),
     Bug(
         "an expert's gradient is the sum of the ranks', not their mean",
-        SHARDS,
-        "_ScaleGradient.apply(out, 1 / data_ranks)",
-        "_ScaleGradient.apply(out, 1.0)",
+        PLACING,
+        "scale(back, 1 / self.ep.data_ranks)",
+        "scale(back, 1.0)",
         (MESHES,),
     ),
     Bug(
         "the tokens' gradient is divided twice",
-        SHARDS,
-        "name: _ScaleGradient.apply(value, data_ranks)",
-        "name: _ScaleGradient.apply(value, 1.0)",
+        PLACING,
+        "scale(x, self.ep.data_ranks)",
+        "scale(x, 1.0)",
         (MESHES,),
     ),
     Bug(

@@ -4,6 +4,7 @@ import pytest
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.parallel.experts import scale_gradient
 from moe_compile.parallel.layout import ExpertParallel
 from moe_compile.passes import PIPELINE, DispatchExperts, RaiseExperts
 from moe_compile.passes.facts import EXPERTS_PLACED
@@ -50,11 +51,18 @@ def test_tokens_travel_to_the_experts_and_back() -> None:
         for op in (ops.dispatch, ops.experts, ops.combine)
     )
     count = up.meta["val"].shape[0]  # type: ignore[union-attr]
-    assert dispatch.args == (x, ids, weights, count, "some group", 9)
+    assert dispatch.args[1:2] + dispatch.args[3:] == (ids, count, "some group", 9)
+    sent = dispatch.args[0], dispatch.args[2]
+    for scaled, given in zip(sent, (x, weights), strict=True):
+        assert scaled.target is scale_gradient  # type: ignore[union-attr]
+        assert scaled.args == (given, 6)  # type: ignore[union-attr]
     assert experts.kwargs["up"] is up
     assert experts.meta["data_ranks"] == 6
     assert combine.args[0] is experts
     assert combine.args[3] == "some group"
+    (back,) = combine.users
+    assert back.target is scale_gradient
+    assert back.args == (combine, 1 / 6)
     assert isinstance(combine.meta["val"], Tensor)
     assert combine.meta["val"].shape == out.shape
     for node in (dispatch, experts, combine):

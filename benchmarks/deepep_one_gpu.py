@@ -62,8 +62,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moe_compile
 from moe_compile import OptimizeConfig, ops
 from moe_compile.kernels.all_to_all import all_to_all_dispatch
-from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers, library
+from moe_compile.kernels.deep_ep import deep_ep_dispatch, destroy_buffers
 from moe_compile.kernels.deep_ep_elastic import elastic_dispatch
+from moe_compile.kernels.deep_ep_sms import library
 from moe_compile.providers.deepep import DeepEPProvider
 from moe_compile.providers.torch import TorchProvider
 

@@ -14,17 +14,18 @@ rank. U is then what could come at most, R times the bound, and the rows that di
 the end: ids of -1, weights of 0, and whatever the memory held. Combine never reads them, and
 redispatch leaves such rows in its result, too.
 
-Below, T are a rank's tokens, U the rows it receives, R the ranks, C the channels: half the SMs.
+Below, T are a rank's tokens, U the rows it receives, R the ranks, C the channels: half the SMs that
+the kernels take.
 """
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
+from moe_compile.kernels.deep_ep_sms import configs, library
 from moe_compile.kernels.in_flight import Land, private
 
 BUFFERS: dict[str, Any] = {}
@@ -34,30 +35,25 @@ AHEAD: set[str] = set()
 """The groups whose last dispatch did not wait: the device may still owe the host its counts."""
 
 
-def library() -> Any:
-    """The module `deep_ep`, an optional dependency that is loaded when it is first needed."""
-    return importlib.import_module("deep_ep")
+def _buffer(hidden: int, name: str, sms: int) -> tuple[Any, Any, Any]:
+    """The group's buffer, and the configurations of dispatch and combine.
+
+    It is made, or made larger, here: all ranks get here with the same width and number of SMs.
+    """
+    found = configs(sms, process_group(name).size())
+    return _large_enough(hidden, name, found), *found
 
 
-def _buffer(hidden: int, name: str) -> Any:
-    """The group's buffer, made or made larger here: all ranks get here with the same width."""
-    group, buffer = process_group(name), library().Buffer
-    size = _buffer_bytes(hidden, group.size(), buffer.num_sms)
+def _large_enough(hidden: int, name: str, found: tuple[Any, Any]) -> Any:
+    group = process_group(name)
+    size = max(config.get_nvl_buffer_size_hint(hidden * 2, group.size()) for config in found)
     held = BUFFERS.get(name)
     if held is not None and held.group is group and held.num_nvl_bytes >= size:
         return held
     if held is not None:
         held.destroy()
-    BUFFERS[name] = buffer(group, size, 0, explicitly_destroy=True)
+    BUFFERS[name] = library().Buffer(group, size, 0, explicitly_destroy=True)
     return BUFFERS[name]
-
-
-@functools.lru_cache
-def _buffer_bytes(hidden: int, ranks: int, _sms: int) -> int:
-    """The bytes that rows of bfloat16 need; the configurations depend on the number of SMs."""
-    buffer = library().Buffer
-    configs = buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)
-    return max(config.get_nvl_buffer_size_hint(hidden * 2, ranks) for config in configs)
 
 
 def destroy_buffers() -> None:
@@ -96,8 +92,13 @@ def deep_ep_dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
+    sms: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send tokens to the ranks of their experts; arguments as in `ops.dispatch`, x in bfloat16.
+
+    Args:
+        sms: the multiprocessors of the kernels, here and wherever the handle goes; None is the
+            library's own number.
 
     Returns:
         rows [U, H], local ids [U, K], weights [U, K], places [P, 0]; and the handle: the prefix
@@ -105,7 +106,7 @@ def deep_ep_dispatch(
         [U], whether a token goes to a rank [T, R], and the heads of the queues of what was sent
         [T, R].
     """
-    results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens)[1]()
+    results: Any = begin_dispatch(x, ids, weights, num_experts, group, max_tokens, sms)[1]()
     return results
 
 
@@ -116,6 +117,7 @@ def begin_dispatch(
     num_experts: int,
     group: str,
     max_tokens: int | None,
+    sms: int | None = None,
     *,
     is_async: bool = False,
 ) -> tuple[Tensor, Land]:
@@ -126,7 +128,7 @@ def begin_dispatch(
     """
     check_bound(x.shape[0], max_tokens)
     _wait_for_counts(group, x.device, max_tokens)
-    buffer = _buffer(x.shape[1], group)
+    buffer, config, _ = _buffer(x.shape[1], group, sms or library().Buffer.num_sms)
     x, picks, weighed = sent(is_async, x, ids.to(torch.int64), weights.to(torch.float32))
     per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
     rows, local_ids, their_weights, counts, handle, event = buffer.dispatch(
@@ -137,6 +139,7 @@ def begin_dispatch(
         topk_idx=picks,
         topk_weights=weighed,
         num_worst_tokens=(max_tokens or 0) * process_group(group).size(),
+        config=config,
         async_finish=is_async,
     )
 
@@ -187,8 +190,10 @@ def begin_combine(
     own = (*sent(is_async, *handle[:5]), handle[5].clone())
     (rows,) = sent(is_async, y)
     weighed = None if weights is None else sent(is_async, weights.to(torch.float32))[0]
-    buffer = _buffer(y.shape[1], group)
-    out, back, event = buffer.combine(rows, own, topk_weights=weighed, async_finish=is_async)
+    buffer, _, config = _buffer(y.shape[1], group, _sms_of(handle))
+    out, back, event = buffer.combine(
+        rows, own, topk_weights=weighed, config=config, async_finish=is_async
+    )
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)
@@ -207,8 +212,10 @@ def begin_redispatch(
     g: Tensor, handle: list[Tensor], group: str, *, is_async: bool = False
 ) -> Land:
     """Starts the kernels of a redispatch."""
-    rows, *_, event = _buffer(g.shape[1], group).dispatch(
-        *sent(is_async, g), handle=tuple(sent(is_async, *handle)), async_finish=is_async
+    buffer, config, _ = _buffer(g.shape[1], group, _sms_of(handle))
+    own = tuple(sent(is_async, *handle))
+    rows, *_, event = buffer.dispatch(
+        *sent(is_async, g), handle=own, config=config, async_finish=is_async
     )
 
     def land() -> tuple[Tensor, ...]:
@@ -216,6 +223,11 @@ def begin_redispatch(
         return (rows,)
 
     return land
+
+
+def _sms_of(handle: list[Tensor]) -> int:
+    """What dispatch had: a channel is two SMs, one that sends and one that receives."""
+    return 2 * handle[1].shape[1]
 
 
 def unknown_sizes(ranks: int, picks: Any, max_tokens: int | None) -> tuple[Any, Any]:
@@ -227,7 +239,7 @@ def unknown_sizes(ranks: int, picks: Any, max_tokens: int | None) -> tuple[Any, 
 
 
 def unknown_channels(max_tokens: int | None) -> Any:
-    """C for an operator without data."""
+    """C for an operator without data, of the library's own number of SMs."""
     if max_tokens is not None:
         return library().Buffer.num_sms // 2
     return torch.library.get_ctx().new_dynamic_size()
@@ -241,10 +253,11 @@ def _(
     num_experts: int,
     group: str,
     max_tokens: int | None = None,
+    sms: int | None = None,
 ) -> Any:
     ranks, tokens = process_group(group).size(), x.shape[0]
     rows, places = unknown_sizes(ranks, ids.shape[1], max_tokens)
-    channels = unknown_channels(max_tokens)
+    channels = unknown_channels(max_tokens) if sms is None else sms // 2
     new = functools.partial(ids.new_empty, dtype=torch.int32)
     return (
         x.new_empty(rows, x.shape[1]),
@@ -279,7 +292,7 @@ def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
 
     def dispatch_backward(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> Any:
         grads = combine(rows, weights, list(ctx.saved_tensors), ctx.group)
-        return grads[0], None, grads[1], None, None, None
+        return grads[0], None, grads[1], *[None] * (ctx.num_inputs - 3)
 
     def combine_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         handle = list(ctx.saved_tensors)
@@ -290,7 +303,7 @@ def complete(dispatch: Any, combine: Any, redispatch: Any) -> None:
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.group = inputs[4]
+    ctx.group, ctx.num_inputs = inputs[4], len(inputs)
     ctx.save_for_backward(*output[4:])
     ctx.mark_non_differentiable(output[1], *output[3:])
 

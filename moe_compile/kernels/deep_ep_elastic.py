@@ -31,12 +31,12 @@ from moe_compile.kernels.deep_ep import (
     BUFFERS,
     check_bound,
     complete,
-    library,
     places_of,
     sent,
     unknown_sizes,
     wait_for,
 )
+from moe_compile.kernels.deep_ep_sms import library
 from moe_compile.kernels.in_flight import Land
 
 _LEAST_BOUND = 256

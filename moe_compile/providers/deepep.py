@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from moe_compile import ops
-from moe_compile.kernels.deep_ep import deep_ep_combine, deep_ep_dispatch, library
+from moe_compile.kernels.deep_ep import deep_ep_combine, deep_ep_dispatch
 from moe_compile.kernels.deep_ep_elastic import elastic_combine, elastic_dispatch
 from moe_compile.kernels.deep_ep_pairs import DISPATCHER, ELASTIC
+from moe_compile.kernels.deep_ep_sms import library, num_sms
 from moe_compile.kernels.pairs import implementations
 from moe_compile.ops.canonical import CanonicalOp
 from moe_compile.parallel.layout import ExpertParallel
@@ -43,7 +44,8 @@ def _dispatch(
     group: str,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens)
+    sms = num_sms(x.device)
+    sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens, sms)
     rows, ids, weights, places, *handle = sent
     return rows, ids, weights, places, handle
 

@@ -164,7 +164,9 @@ def opcheck(bound: int | None) -> None:
     picks = outputs[1].numel() if bound else int((outputs[1] >= 0).sum())
     assert outputs[3].shape == (picks, 0)
     handle, y = list(outputs[4:]), outputs[0].detach().requires_grad_()
-    torch.library.opcheck(deep_ep_dispatch, (x, ids, weights, EXPERTS, group(), bound))
+    for sms in (None, 22):
+        given = x, ids, weights, EXPERTS, group(), bound, sms
+        torch.library.opcheck(deep_ep_dispatch, given)
     torch.library.opcheck(deep_ep_combine, (y, None, handle, group()))
     torch.library.opcheck(deep_ep_combine, (y.detach(), outputs[2].detach(), handle, group()))
     torch.library.opcheck(deep_ep_redispatch, (x.detach(), handle, group()))

@@ -5,6 +5,7 @@ from moe_compile.passes.chunk_tokens import ChunkTokens
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.facts import EXPERTS_PLACED, LOWERED
 from moe_compile.passes.fuse_normed_rotary import FuseNormedRotary
+from moe_compile.passes.limit_picks import LimitPicks
 from moe_compile.passes.lower import Lower
 from moe_compile.passes.normalize import Normalize
 from moe_compile.passes.overlap_shared_experts import OverlapSharedExperts
@@ -38,6 +39,7 @@ __all__ = [
     "ChunkTokens",
     "DispatchExperts",
     "FuseNormedRotary",
+    "LimitPicks",
     "Lower",
     "Normalize",
     "OverlapSharedExperts",

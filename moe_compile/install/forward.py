@@ -19,6 +19,7 @@ from moe_compile.install.emit import emit
 from moe_compile.install.form import CallForm
 from moe_compile.install.guards import EMITTED
 from moe_compile.parallel.experts import own_experts, own_weights, scale_gradient
+from moe_compile.parallel.limits import limit_picks, limit_places
 from moe_compile.rewrite.refuse import Refuse
 
 _LOG = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ def shared_weights(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(node.target) for node in used))
 
 
+_OF_RANKS = (own_experts, scale_gradient, limit_picks, limit_places)
+"""What one rank that has every expert does without: each would be the first thing that it takes."""
+
+
 def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """The function without its collectives, for a rank that has every expert."""
     alone = fx.Graph()
@@ -98,7 +103,7 @@ def on_one_rank(graph: fx.Graph, name: str) -> Callable[..., Any]:
     for node in list(alone.nodes):
         if node.meta.get("op") in ops.JOURNEYS:
             node.target = node.meta["op"].reference
-        if node.target in (own_experts, scale_gradient):
+        if node.target in _OF_RANKS:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             alone.erase_node(node)
     return emit(alone, name)

@@ -104,7 +104,7 @@ def moe(
     options = {"compile": {"backend": args.backend}, **options_of(peer, args)} | options
     config = moe_compile.OptimizeConfig(dispatcher=dispatcher, **options)
     mesh = init_device_mesh(args.device, (args.ranks,), **MESH)
-    model = moe_compile.optimize(model, mesh, config, passes=passes_of(peer))
+    model = moe_compile.optimize(model, mesh, config, passes=passes_of(peer, args))
     report = moe_compile.report(model)
     if dist.get_rank() == 0:
         print(report, flush=True)
@@ -125,14 +125,18 @@ def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def passes_of(peer: str) -> Any:
+def passes_of(peer: str, args: argparse.Namespace) -> Any:
     """The order of passes that a peer's name asks for."""
     from moe_compile import PIPELINE
-    from moe_compile.passes import ChunkTokens, OverlapSharedExperts
+    from moe_compile.passes import ChunkTokens, LimitPicks, OverlapSharedExperts
 
-    chunks = [ChunkTokens(2)] if "chunks" in peer else []
-    shared = [OverlapSharedExperts()] if "shared" in peer else []
-    return PIPELINE.after("dispatch_experts", *chunks, *shared)
+    share = args.bound * shape_of(args).num_experts_per_tok
+    asked = {
+        "chunks": ChunkTokens(2),
+        "limited": LimitPicks(2 * share),
+        "shared": OverlapSharedExperts(),
+    }
+    return PIPELINE.after("dispatch_experts", *(step for n, step in asked.items() if n in peer))
 
 
 def automodel(peer: str, config: Qwen3MoeConfig, args: argparse.Namespace) -> nn.Module:

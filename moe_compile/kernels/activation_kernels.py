@@ -17,6 +17,9 @@ from moe_compile.kernels.visible import Wrap, as_it_is
 _MOST_COLUMNS = 1024
 """The most numbers of a row that one program holds."""
 
+_ROWS = 2
+"""Rows of a program: where rows are for the worst case, most programs have nothing to do."""
+
 
 def forward(
     source: ActivationSource, x: Tensor, weight: Tensor, offs: Tensor, *, wrap: Wrap = as_it_is
@@ -24,9 +27,9 @@ def forward(
     """`activation.activate` on a GPU."""
     rows, size = x.shape[0], _size(source)
     out = x.new_empty(rows, source.width)
-    grid = at_least_one(rows), triton.cdiv(source.width, size)
+    grid = _programs(rows), triton.cdiv(source.width, size)
     run = wrap(_kernels(source)["forward"])
-    run[grid](x.contiguous(), weight.contiguous(), offs, out, offs.shape[0] - 1, size)
+    run[grid](x.contiguous(), weight.contiguous(), offs, out, offs.shape[0] - 1, size, _ROWS)
     return out
 
 
@@ -45,10 +48,14 @@ def backward(
     out = x.new_empty(grad.shape if again else (0, 0))
     inputs = (t.contiguous() for t in (grad, x, weight))
     outputs = grad_x, grad_weight, out
-    grid = (at_least_one(x.shape[0]),)
+    grid = (_programs(x.shape[0]),)
     run = wrap(_kernels(source)["backward"])
-    run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), again)
+    run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), _ROWS, again)
     return grad_x, grad_weight, out
+
+
+def _programs(rows: int) -> int:
+    return at_least_one((rows + _ROWS - 1) // _ROWS)
 
 
 def _size(source: ActivationSource) -> int:
@@ -57,12 +64,14 @@ def _size(source: ActivationSource) -> int:
 
 _FORWARD = """
 @triton.jit
-def forward(x, weight, offs, out, last, size: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(offs + last):
-        scale = tl.load(weight + row).to(tl.float32)
-        at = tl.program_id(1) * size + tl.arange(0, size)
-        inside = at < {width}
+def forward(x, weight, offs, out, last, size: tl.constexpr, rows: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * rows
+    count = tl.load(offs + last)
+    if first < count:
+        row = first + tl.arange(0, rows)[:, None]
+        scale = tl.load(weight + row, mask=row < count, other=0).to(tl.float32)
+        at = tl.program_id(1) * size + tl.arange(0, size)[None, :]
+        inside = (at < {width}) & (row < count)
         {loads}
         {lines}
         tl.store(out + row * {width} + at, {result} * scale, mask=inside)
@@ -80,15 +89,18 @@ def backward(
     out,
     last,
     size: tl.constexpr,
+    rows: tl.constexpr,
     again: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(offs + last):
-        scale = tl.load(weight + row).to(tl.float32)
-        total = tl.zeros([size], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * rows
+    count = tl.load(offs + last)
+    if first < count:
+        row = first + tl.arange(0, rows)[:, None]
+        scale = tl.load(weight + row, mask=row < count, other=0).to(tl.float32)
+        total = tl.zeros([rows, size], tl.float32)
         for start in range(0, {width}, size):
-            at = start + tl.arange(0, size)
-            inside = at < {width}
+            at = start + tl.arange(0, size)[None, :]
+            inside = (at < {width}) & (row < count)
             own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
             grad = own * scale
             {loads}
@@ -97,7 +109,7 @@ def backward(
             {stores}
             if again:
                 tl.store(out + row * {width} + at, {result} * scale, mask=inside)
-        tl.store(grad_weight + row, tl.sum(total, axis=0))
+        tl.store(grad_weight + row, tl.sum(total, axis=1)[:, None], mask=row < count)
 """
 
 

@@ -6,6 +6,7 @@ import functools
 import linecache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,8 +18,8 @@ from moe_compile.kernels.visible import Wrap, as_it_is
 _MOST_COLUMNS = 1024
 """The most numbers of a row that one program holds."""
 
-_ROWS = 2
-"""Rows of a program: where rows are for the worst case, most programs have nothing to do."""
+_PROGRAMS = 4096
+"""The most programs: each has every such row, so none starts for nothing but rows that hold any."""
 
 
 def forward(
@@ -29,7 +30,7 @@ def forward(
     out = x.new_empty(rows, source.width)
     grid = _programs(rows), triton.cdiv(source.width, size)
     run = wrap(_kernels(source)["forward"])
-    run[grid](x.contiguous(), weight.contiguous(), offs, out, offs.shape[0] - 1, size, _ROWS)
+    run[grid](x.contiguous(), weight.contiguous(), offs, out, offs.shape[0] - 1, size)
     return out
 
 
@@ -50,12 +51,12 @@ def backward(
     outputs = grad_x, grad_weight, out
     grid = (_programs(x.shape[0]),)
     run = wrap(_kernels(source)["backward"])
-    run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), _ROWS, again)
+    run[grid](*inputs, offs, *outputs, offs.shape[0] - 1, _size(source), again)
     return grad_x, grad_weight, out
 
 
 def _programs(rows: int) -> int:
-    return at_least_one((rows + _ROWS - 1) // _ROWS)
+    return at_least_one(torch.sym_min(rows, _PROGRAMS))
 
 
 def _size(source: ActivationSource) -> int:
@@ -64,14 +65,12 @@ def _size(source: ActivationSource) -> int:
 
 _FORWARD = """
 @triton.jit
-def forward(x, weight, offs, out, last, size: tl.constexpr, rows: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * rows
-    count = tl.load(offs + last)
-    if first < count:
-        row = first + tl.arange(0, rows)[:, None]
-        scale = tl.load(weight + row, mask=row < count, other=0).to(tl.float32)
-        at = tl.program_id(1) * size + tl.arange(0, size)[None, :]
-        inside = (at < {width}) & (row < count)
+def forward(x, weight, offs, out, last, size: tl.constexpr):
+    at = tl.program_id(1) * size + tl.arange(0, size)
+    inside = at < {width}
+    for each in range(tl.program_id(0), tl.load(offs + last), tl.num_programs(0)):
+        row = tl.cast(each, tl.int64)
+        scale = tl.load(weight + row).to(tl.float32)
         {loads}
         {lines}
         tl.store(out + row * {width} + at, {result} * scale, mask=inside)
@@ -89,18 +88,15 @@ def backward(
     out,
     last,
     size: tl.constexpr,
-    rows: tl.constexpr,
     again: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * rows
-    count = tl.load(offs + last)
-    if first < count:
-        row = first + tl.arange(0, rows)[:, None]
-        scale = tl.load(weight + row, mask=row < count, other=0).to(tl.float32)
-        total = tl.zeros([rows, size], tl.float32)
+    for each in range(tl.program_id(0), tl.load(offs + last), tl.num_programs(0)):
+        row = tl.cast(each, tl.int64)
+        scale = tl.load(weight + row).to(tl.float32)
+        total = tl.zeros([size], tl.float32)
         for start in range(0, {width}, size):
-            at = start + tl.arange(0, size)[None, :]
-            inside = (at < {width}) & (row < count)
+            at = start + tl.arange(0, size)
+            inside = at < {width}
             own = tl.load(outer + row * {width} + at, mask=inside, other=0).to(tl.float32)
             grad = own * scale
             {loads}
@@ -109,7 +105,7 @@ def backward(
             {stores}
             if again:
                 tl.store(out + row * {width} + at, {result} * scale, mask=inside)
-        tl.store(grad_weight + row, tl.sum(total, axis=1)[:, None], mask=row < count)
+        tl.store(grad_weight + row, tl.sum(total, axis=0))
 """
 
 

@@ -20,7 +20,7 @@ _ALONE = 64
 _OTHERS = 64
 """What they leave to kernels that wait, too: NCCL has at most 32 blocks for a communicator."""
 
-_SEND, _RECEIVE = 12, 256
+_SEND, _RECEIVE = 12, 128
 """Tokens in a piece, and in the queue of a channel: the fastest of some on four H200s."""
 
 

@@ -16,6 +16,17 @@ def limit_picks(ids: Tensor, most: int) -> Tensor:
 
 def limit_places(places: Tensor, most: int) -> Tensor:
     """`places` [P, 0] for `most` picks, if P is not smaller."""
+    fewer: Tensor = _cut(places, most)
+    return fewer
+
+
+@torch.library.custom_op("moe_compile::limit_places", mutates_args=())
+def _cut(places: Tensor, most: int) -> Tensor:
+    return places.new_empty(min(most, places.shape[0]), 0)
+
+
+@_cut.register_fake
+def _(places: Tensor, most: int) -> Tensor:
     return places.new_empty(torch.sym_min(most, places.shape[0]), 0)
 
 

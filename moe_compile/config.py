@@ -25,15 +25,16 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a positive int."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compile": (_is_mapping, "a dict of torch.compile options"),
     "fsdp": (_is_mapping, "a dict of fully_shard options"),
-    "layers_per_unit": (_is_count, "a positive int"),
-    "max_tokens_per_rank": (_is_count, "a positive int"),
+    "layers_per_unit": (is_count, "a positive int"),
+    "max_tokens_per_rank": (is_count, "a positive int"),
 }
 """What a field takes beside its choices."""
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx
 
 from moe_compile import ops
+from moe_compile.config import is_count
 from moe_compile.parallel.limits import limit_picks, limit_places
 from moe_compile.passes.facts import DISPATCH_WHOLE, EXPERTS_PLACED, LOWERED, PLANNED
 from moe_compile.rewrite.pipeline import Pass
@@ -33,7 +34,7 @@ class LimitPicks(Pass):
     most: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.most, int) or isinstance(self.most, bool) or self.most < 1:
+        if not is_count(self.most):
             raise ValueError(
                 f"LimitPicks got most={self.most!r}; it takes a positive int: twice the tokens of "
                 "a rank times their picks is twice an even share; leave the pass out for no limit"

@@ -331,8 +331,8 @@ _ELEMENTWISE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 _PROPERTIES = (
-    "_version device dtype grad_fn is_cpu is_cuda is_leaf is_meta is_nested is_quantized is_sparse "
-    "layout ndim requires_grad shape"
+    "_base _version device dtype grad_fn is_cpu is_cuda is_leaf is_meta is_nested is_quantized "
+    "is_sparse layout ndim requires_grad shape"
 )
 _METADATA = {
     Tensor.size,

@@ -27,12 +27,13 @@ def _cut(places: Tensor, most: int) -> Tensor:
 
 @_cut.register_fake
 def _(places: Tensor, most: int) -> Tensor:
-    return places.new_empty(torch.sym_min(most, places.shape[0]), 0)
+    rows = torch.sym_min(most, places.shape[0])
+    return places.new_empty(rows, 0)  # pyright: ignore[reportArgumentType]
 
 
 @torch.library.custom_op("moe_compile::limit_picks", mutates_args=())
 def _check(ids: Tensor, most: int) -> Tensor:
-    torch._assert_async(
+    torch.ops.aten._assert_async.msg(
         (ids >= 0).sum() <= most,
         f"the experts of a rank got more than the {most} picks that LimitPicks promised; give it a "
         "larger number, or leave it out",

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import moe_compile
 from moe_compile import OptimizeConfig
+from moe_compile.install.deferred_logits import DeferredLogits
 from moe_compile.parallel.fsdp import joined_in_a_row
-from tests.parallel.models import EXPERTS_ONLY, both, check_step, small
+from tests.parallel.models import EXPERTS_ONLY, both, call_of, check_step, small
 from tests.ranks import on_ranks
 
 
@@ -21,7 +22,7 @@ def options() -> None:
     config = OptimizeConfig(fsdp={"reshard_after_forward": False})
     model, reference = both("ep", small(num_hidden_layers=2), config)
     wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    assert wrapped == [model, *model.model.layers]
+    assert wrapped == [model, *model.model.layers, model.lm_head]
     for layer in model.model.layers:
         assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
     check_step(model, reference)
@@ -34,6 +35,18 @@ def joined() -> None:
     assert states[0] is states[1] is not states[2]
     check_step(model, reference)
     assert all(isinstance(layer, FSDPModule) for layer in model.model.layers)
+
+
+def heads() -> None:
+    """A head whose weight is the embedding's, too, is no unit; no hook reads the logits of one."""
+    for is_tied in (False, True):
+        config = OptimizeConfig(compile=False)
+        model, reference = both("ep", small(tie_word_embeddings=is_tied), config)
+        assert isinstance(model.lm_head, FSDPModule) != is_tied
+        check_step(model, reference)
+        logits = model(**call_of(dist.get_rank())).logits
+        assert isinstance(logits, DeferredLogits)
+        assert logits.computed is None
 
 
 def alone() -> None:
@@ -59,6 +72,7 @@ def check_averaged_step(model: Any, reference: Any) -> None:
 def on_two_ranks() -> None:
     options()
     joined()
+    heads()
     alone()
 
 

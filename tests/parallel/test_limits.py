@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
@@ -17,7 +18,7 @@ BOUND = 32  # of tokens that a rank brings
 ENOUGH = 80  # of 2 ranks, 32 tokens and 2 picks: 128 in the worst case
 
 
-def limited(*steps: Pass, dispatcher: str = "deepep", compiled: bool = False) -> object:
+def limited(*steps: Pass, dispatcher: str = "deepep", compiled: bool = False) -> nn.Module:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     config = OptimizeConfig(
         dispatcher=dispatcher,  # type: ignore[arg-type]

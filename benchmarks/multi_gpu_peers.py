@@ -128,12 +128,13 @@ def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
 def passes_of(peer: str, args: argparse.Namespace) -> Any:
     """The order of passes that a peer's name asks for."""
     from moe_compile import PIPELINE
-    from moe_compile.passes import ChunkTokens, LimitPicks, OverlapSharedExperts
+    from moe_compile.passes import ChunkTokens, FuseNormedRotary, LimitPicks, OverlapSharedExperts
 
     share = args.bound * shape_of(args).num_experts_per_tok
     asked = {
         "chunks": ChunkTokens(2),
         "limited": LimitPicks(2 * share),
+        "normed": FuseNormedRotary(),
         "shared": OverlapSharedExperts(),
     }
     return PIPELINE.after("dispatch_experts", *(step for n, step in asked.items() if n in peer))

@@ -56,7 +56,8 @@ def backward(
 
 
 def _programs(rows: int) -> int:
-    return at_least_one(torch.sym_min(rows, _PROGRAMS))
+    most = torch.sym_min(rows, _PROGRAMS)
+    return at_least_one(most)  # pyright: ignore[reportArgumentType]
 
 
 def _size(source: ActivationSource) -> int:

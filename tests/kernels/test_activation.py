@@ -191,7 +191,7 @@ def test_dynamo_asks_for_kernels_while_it_traces() -> None:
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [10, 1536, 5760])
-@pytest.mark.parametrize("rows", [0, 1, 37])
+@pytest.mark.parametrize("rows", [0, 1, 37, 9000])  # the last: more than there are programs
 @pytest.mark.parametrize("activation", FUSABLE)
 def test_on_a_gpu(activation: Activation, rows: int, width: int, dtype: torch.dtype) -> None:
     key = key_of(activation, width)

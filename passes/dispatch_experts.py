@@ -53,34 +53,40 @@ class _Placing:
 
     def run(self) -> None:
         arguments: dict[str, Any] = ops.experts.arguments(*self.node.args, **self.node.kwargs)
-        x, ids, routing, up = (arguments[name] for name in ("x", "ids", "weights", "up"))
+        weights, up = own_weights(arguments), arguments["up"]
         count: int = up.meta["val"].shape[0]
         _check_division(count, self.ep.size, up)
-        out = self.node.meta["val"]
         with self.node.graph.inserting_before(self.node):
-            weights = own_weights(arguments)
-            is_stored = all(weight.op == "get_attr" for weight in weights.values())
-            if not is_stored:
+            if all(weight.op == "get_attr" for weight in weights.values()):
+                back = self._of_shards(arguments, count)
+            else:
                 arguments |= {name: self._own(weight) for name, weight in weights.items()}
-            scale = self._scaled if is_stored else _as_it_is
-            tokens = scale(x, self.ep.data_ranks), ids, scale(routing, self.ep.data_ranks)
-            arrived = received(*(node.meta["val"] for node in tokens))
-            sent = self.writer.add(
-                ops.dispatch, (*tokens, count, self.ep.group, self.ep.max_tokens), arrived
-            )
-            for i, name in enumerate(ARRIVALS):
-                arguments[name] = self.writer.item(sent, i)
-            handle = self.writer.item(sent, len(ARRIVALS))
-            size = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), x.meta["val"].shape[0])
-            rows = arguments["x"].meta["val"].shape[0]
-            computed = out.new_empty(rows, *out.shape[1:])
-            result = self.writer.add(ops.experts, (), computed, arguments)
-            if is_stored:
-                result.meta["data_ranks"] = self.ep.data_ranks
-            back = self.writer.add(ops.combine, (result, handle, size, self.ep.group), out)
-            back = scale(back, 1 / self.ep.data_ranks)
+                _, back = self._journey(arguments, count)
         self.node.replace_all_uses_with(back)
         self.node.graph.erase_node(self.node)
+
+    def _of_shards(self, arguments: dict[str, Any], count: int) -> fx.Node:
+        """The result where each rank keeps its own experts: see `parallel.experts`."""
+        ranks = self.ep.data_ranks
+        arguments |= {name: self._scaled(arguments[name], ranks) for name in ("x", "weights")}
+        experts, back = self._journey(arguments, count)
+        experts.meta["data_ranks"] = ranks
+        return self._scaled(back, 1 / ranks)
+
+    def _journey(self, arguments: dict[str, Any], count: int) -> tuple[fx.Node, fx.Node]:
+        """The experts of what arrives, and what comes back."""
+        tokens = x, _, _ = [arguments[name] for name in ("x", "ids", "weights")]
+        given = (*tokens, count, self.ep.group, self.ep.max_tokens)
+        arrived = received(*(node.meta["val"] for node in tokens))
+        sent = self.writer.add(ops.dispatch, given, arrived)
+        arguments = arguments | {n: self.writer.item(sent, i) for i, n in enumerate(ARRIVALS)}
+        handle = self.writer.item(sent, len(ARRIVALS))
+        size = self.writer.add(torch.ops.aten.sym_size.int, (x, 0), x.meta["val"].shape[0])
+        out = self.node.meta["val"]
+        computed = out.new_empty(arrived[0].shape[0], *out.shape[1:])
+        experts = self.writer.add(ops.experts, (), computed, arguments)
+        back = self.writer.add(ops.combine, (experts, handle, size, self.ep.group), out)
+        return experts, back
 
     def _scaled(self, node: fx.Node, factor: float) -> fx.Node:
         return self.writer.add(scale_gradient, (node, factor), node.meta["val"])
@@ -93,10 +99,6 @@ class _Placing:
         full = weight.meta["val"]
         own = full[: full.shape[0] // self.ep.size]
         return self.writer.add(own_experts, (weight, self.ep.group), own)
-
-
-def _as_it_is(node: fx.Node, _: float) -> fx.Node:
-    return node
 
 
 def _check_division(count: int, ranks: int, weight: fx.Node) -> None:

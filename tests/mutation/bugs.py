@@ -238,15 +238,15 @@ BUGS = (
     Bug(
         "an expert's gradient is the sum of the ranks', not their mean",
         PLACING,
-        "scale(back, 1 / self.ep.data_ranks)",
-        "scale(back, 1.0)",
+        "self._scaled(back, 1 / ranks)",
+        "self._scaled(back, 1.0)",
         (MESHES,),
     ),
     Bug(
         "the tokens' gradient is divided twice",
         PLACING,
-        "scale(x, self.ep.data_ranks)",
-        "scale(x, 1.0)",
+        "self._scaled(arguments[name], ranks)",
+        "self._scaled(arguments[name], 1.0)",
         (MESHES,),
     ),
     Bug(

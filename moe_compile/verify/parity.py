@@ -23,8 +23,7 @@ from moe_compile.capture.boundary import enter
 from moe_compile.capture.trace import autocast
 from moe_compile.capture.untouched import Untouched, UntouchedStore
 from moe_compile.install.cut import cut
-from moe_compile.install.emit import emit
-from moe_compile.install.forward import Variant
+from moe_compile.install.forward import Variant, on_one_rank
 from moe_compile.rewrite.choices import example_ids
 from moe_compile.rewrite.dispatch_mask import example_mask
 from moe_compile.rewrite.normal_form import is_random
@@ -253,8 +252,8 @@ def _run_rewrite(
 
 
 def _program(unit: UnitGraph, stage: fx.Graph, call: int) -> Program:
-    """One call as it stood at an earlier stage of the unit's graph."""
-    return emit(cut(dataclasses.replace(unit, graph=stage), call).graph, "stage")
+    """One call as it stood at an earlier stage of the unit's graph, on a rank by itself."""
+    return on_one_rank(cut(dataclasses.replace(unit, graph=stage), call).graph, "stage")
 
 
 def _is_verifiable(unit: nn.Module, level: str) -> bool:

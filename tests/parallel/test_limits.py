@@ -24,9 +24,14 @@ def limited(*steps: Pass, dispatcher: str = "deepep", compiled: bool = False) ->
         dispatcher=dispatcher,  # type: ignore[arg-type]
         max_tokens_per_rank=BOUND,
         compile=COMPILED.compile if compiled else False,
+        verify="full",
     )
     passes = EXPERTS_ONLY.after("dispatch_experts", *steps)
-    return moe_compile.optimize(small(hidden_size=128).bfloat16(), mesh, config, passes=passes)
+    model = small(hidden_size=128).bfloat16()
+    made = moe_compile.optimize(model, mesh, config, passes=passes)
+    (site,) = [s for s in moe_compile.report(made).sites if s.kind == "experts"]
+    assert site.status == "rewritten", site.reason
+    return made
 
 
 def same_steps() -> None:

@@ -130,7 +130,7 @@ def optimize(
         compile_units(model, work.groups, config, work.device)
     if work.layout is not None:
         with work.timed("shard"):
-            shard(model, work.groups, work.installations, work.head, work.layout, config)
+            shard(model, work.groups, work.installations, work.layout, config)
             bind_save(model, work.layout)
     elif mesh is not None:
         move(model, work.device)

@@ -6,6 +6,7 @@ with them what it always does: casts, scales, cuts off the last position, flatte
 done to the logits themselves, which are then computed, once, and hold gradients as ever.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 Loss = Callable[..., Tensor]
+Hook = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class DeferredLogits(Tensor):
 
     head: Head
     computed: Tensor | None
+    hooks: dict[int, Hook]
 
     @staticmethod
     def of(head: Head) -> "DeferredLogits":
@@ -144,7 +148,7 @@ class DeferredLogits(Tensor):
         logits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             DeferredLogits, shape, dtype=dtype, device=head.x.device
         )
-        logits.head, logits.computed = head, None
+        logits.head, logits.computed, logits.hooks = head, None, OrderedDict()
         head.aliases.append(ref(logits))
         return logits
 
@@ -158,7 +162,26 @@ class DeferredLogits(Tensor):
         """The logits themselves, the same ones each time."""
         if self.computed is None:
             self.computed = self.head.logits()
+            if self.hooks:
+                self.computed.register_hook(self._run_hooks)
         return self.computed
+
+    def add_hook(self, hook: Hook) -> RemovableHandle:
+        """Registers a hook on the logits, whether they are computed by then, later or never."""
+        if self.computed is not None:
+            return self.computed.register_hook(hook)
+        if not self.hooks:  # of what torch functions do not see, too
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(self._run_hooks)
+        handle = RemovableHandle(self.hooks)
+        self.hooks[handle.id] = hook
+        return handle
+
+    def _run_hooks(self, grad: Tensor) -> Tensor:
+        for hook in list(self.hooks.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
 
     @classmethod
     def __torch_function__(
@@ -173,7 +196,10 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         logits = args[0] if args else None
-        if isinstance(logits, DeferredLogits) and logits.computed is None:
+        if func is Tensor.register_hook and isinstance(logits, DeferredLogits):
+            return logits.add_hook(*args[1:], **kwargs)
+        # Only logits that are there have the gradient that a hook wants.
+        if isinstance(logits, DeferredLogits) and logits.computed is None and not logits.hooks:
             found = _deferred(func, logits, args[1:], kwargs)
             if found is not None:
                 return found
@@ -342,7 +368,6 @@ _METADATA = {
     Tensor.is_contiguous,
     Tensor.is_floating_point,
     Tensor.element_size,
-    Tensor.register_hook,
     Tensor.__len__,
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
 }

@@ -1,9 +1,9 @@
-"""Everything but the experts, over all ranks: `fully_shard` for each layer, the head, and the rest.
+"""Everything but the experts, over all ranks: `fully_shard` for each layer, and for the rest.
 
 FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,36 +19,19 @@ from moe_compile.parallel.layout import Layout
 def shard_data_parallel(
     model: nn.Module,
     names: list[str],
-    head: nn.Module | None,
     experts: set[nn.Parameter],
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
-    """Applies FSDP2 to the named layers, the head, if it is called, and the model.
-
-    `experts` are left to their own ranks. As a unit, the head is gathered while layers compute, and
-    its gradient is on its way while theirs are made. It stays gathered for a loss that comes later.
-    """
+    """Applies FSDP2 to the named layers and the model; `experts` are left to their own ranks."""
     if config.fsdp is False:
         move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
     lists = {model.get_submodule(name): name.rpartition(".")[0] for name in names}
     units = joined_in_a_row(joined_by_ties(list(lists)), lists, config.layers_per_unit)
-    options |= {"mesh": layout.data, "ignored_params": experts}
-    for unit in units:
-        fully_shard(unit, **options)
-    if head is not None and _is_alone(head, model):
-        stays: dict[str, Any] = options | {"reshard_after_forward": False}
-        fully_shard(head, **stays)
-    fully_shard(model, **options)
-
-
-def _is_alone(head: nn.Module, model: nn.Module) -> bool:
-    """Whether nothing else has parameters of the head."""
-    own = list(head.parameters())
-    homes = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    return bool(own) and all(homes[parameter] == 1 for parameter in own)
+    for modules in (*units, [model]):
+        fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
 
 
 def joined_in_a_row(

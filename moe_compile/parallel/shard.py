@@ -6,7 +6,6 @@ from torch import nn
 from moe_compile.adapters.accelerate import mark_prepared
 from moe_compile.capture.group import Group
 from moe_compile.config import OptimizeConfig
-from moe_compile.install.head import HeadPlan
 from moe_compile.install.sites import Installation
 from moe_compile.parallel.experts import shard_experts
 from moe_compile.parallel.fsdp import shard_data_parallel
@@ -25,7 +24,6 @@ def shard(
     model: nn.Module,
     groups: list[Group],
     installations: list[Installation],
-    head: HeadPlan | None,
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
@@ -39,15 +37,7 @@ def shard(
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
     names = layer_names(groups)
-    shard_data_parallel(model, names, _called_head(model, groups, head), experts, layout, config)
+    shard_data_parallel(model, names, experts, layout, config)
     watch(model, names)
     forbid_additions(model)
     mark_prepared(model)
-
-
-def _called_head(model: nn.Module, groups: list[Group], head: HeadPlan | None) -> nn.Module | None:
-    """The head that leaves its logits to be computed later, if the model calls it as a module."""
-    called = {name for group in groups for name in group.names}
-    if head is None or head.loss is None or head.site.module not in called:
-        return None
-    return model.get_submodule(head.site.module)

@@ -123,6 +123,36 @@ def test_a_function_of_autograd_has_their_gradient() -> None:
     Pair().check(Doubled.apply)
 
 
+@pytest.mark.parametrize("name", ["flattened", "one word", "doubled"])
+def test_hooks_see_the_gradient_and_may_change_it(name: str) -> None:
+    uses = LOSSES | OTHERS | {"doubled": Doubled.apply}
+    pair, seen = Pair(), dict[str, list[Tensor]]()
+
+    def double(logits: Tensor, which: str) -> Any:
+        seen[which] = []
+        first = logits.register_hook(lambda grad: 2 * grad)
+        logits.register_hook(seen[which].append)
+        removed = logits.register_hook(lambda grad: 5 * grad)
+        removed.remove()
+        return first
+
+    handles = double(pair.deferred, "deferred"), double(pair.real, "real")
+    assert pair.deferred.computed is None
+    pair.check(uses[name])
+    torch.testing.assert_close(seen["deferred"], seen["real"])
+    assert len(seen["real"]) == 1
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_hook_on_logits_that_are_there() -> None:
+    pair, seen = Pair(), list[Tensor]()
+    pair.deferred.sum()
+    pair.deferred.register_hook(seen.append)
+    pair.deferred.square().sum().backward()
+    torch.testing.assert_close(seen, [2 * pair.real.detach()])
+
+
 def test_looking_without_gradients_loses_none() -> None:
     pair = Pair()
     with torch.no_grad():

@@ -1,10 +1,13 @@
 """What becomes of all that is no expert."""
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -13,7 +16,8 @@ import moe_compile
 from moe_compile import OptimizeConfig
 from moe_compile.install.deferred_logits import DeferredLogits
 from moe_compile.parallel.fsdp import joined_in_a_row
-from tests.parallel.models import EXPERTS_ONLY, both, call_of, check_step, small
+from tests.pairs import error
+from tests.parallel.models import EXPERTS_ONLY, both, call_of, check_step, gathered, small
 from tests.ranks import on_ranks
 
 
@@ -22,7 +26,7 @@ def options() -> None:
     config = OptimizeConfig(fsdp={"reshard_after_forward": False})
     model, reference = both("ep", small(num_hidden_layers=2), config)
     wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    assert wrapped == [model, *model.model.layers, model.lm_head]
+    assert wrapped == [model, *model.model.layers]
     for layer in model.model.layers:
         assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
     check_step(model, reference)
@@ -38,15 +42,53 @@ def joined() -> None:
 
 
 def heads() -> None:
-    """A head whose weight is the embedding's, too, is no unit; no hook reads the logits of one."""
-    for is_tied in (False, True):
-        config = OptimizeConfig(compile=False)
-        model, reference = both("ep", small(tie_word_embeddings=is_tied), config)
-        assert isinstance(model.lm_head, FSDPModule) != is_tied
-        check_step(model, reference)
-        logits = model(**call_of(dist.get_rank())).logits
-        assert isinstance(logits, DeferredLogits)
-        assert logits.computed is None
+    """No hook of FSDP2 reads the logits; a loss outside of the model has its gradients averaged.
+
+    Also where the head alone is trained, of which only the logits' hook tells FSDP2; and of a head
+    whose weight other code reads.
+    """
+    model, reference = both("ep", small(num_hidden_layers=2), OptimizeConfig(compile=False))
+    logits = model(**call_of(dist.get_rank())).logits
+    assert isinstance(logits, DeferredLogits)
+    assert logits.computed is None
+    check_gradients(model, reference, of_logits)
+    check_gradients(model, reference, of_the_weight)
+    for each in (model, reference):
+        each.requires_grad_(False).lm_head.requires_grad_(True)
+    check_gradients(model, reference, of_logits)
+
+
+def of_logits(model: Any, rank: int) -> torch.Tensor:
+    """A loss that is no cross-entropy."""
+    return model(**call_of(rank)).logits.float().log_softmax(-1)[..., 3].mean()
+
+
+def of_the_weight(model: Any, rank: int) -> torch.Tensor:
+    """Of a forward that does not call the head, as Liger's and TRL's fused losses put in."""
+
+    def forward(self: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return F.linear(hidden, self.lm_head.weight).log_softmax(-1)[..., 3].mean()
+
+    model.forward = MethodType(forward, model)
+    try:
+        loss: torch.Tensor = model(**call_of(rank))
+    finally:
+        del model.forward
+    return loss
+
+
+def check_gradients(model: Any, reference: Any, loss: Callable[[Any, int], torch.Tensor]) -> None:
+    def gradients(each: Any, rank: int) -> dict[str, torch.Tensor]:
+        each.zero_grad()
+        loss(each, rank).backward()
+        return {n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None}
+
+    found = gathered(gradients(model, dist.get_rank()))
+    every = [gradients(reference, rank) for rank in range(dist.get_world_size())]
+    assert found.keys() == every[0].keys()
+    for name, value in found.items():
+        assert error(value, torch.stack([each[name] for each in every]).mean(0)) < 1e-5, name
 
 
 def alone() -> None:

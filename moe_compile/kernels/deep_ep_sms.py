@@ -1,8 +1,8 @@
 """How many of a GPU's multiprocessors DeepEP's kernels take, and in what pieces they send.
 
 The library's own number, 20, is for kernels beside others. Alone, with 64 of an H200, a dispatch
-takes half the time; more gain little, and could hang: blocks of these kernels wait for other ranks,
-as NCCL's do, so all that wait at a time must fit on the GPU beside each other.
+takes two thirds of the time, and with 96 a little less. All would be too many: blocks of these
+kernels wait for other ranks, as NCCL's do, so all that wait at a time must fit on the GPU.
 """
 
 import functools
@@ -10,18 +10,21 @@ import importlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from moe_compile.kernels.all_to_all import process_group
 
 _OWN = 20
 """What the library starts with; another number was set by somebody, for all of its kernels."""
 
-_ALONE = 64
+_ALONE = 96
 """For kernels beside which nothing is computed."""
 
-_OTHERS = 64
-"""What they leave to kernels that wait, too: NCCL has at most 32 blocks for a communicator."""
+_NCCL = 32
+"""The most blocks that NCCL starts for a communicator."""
 
 _SEND, _RECEIVE = 12, 128
-"""Tokens in a piece, and in the queue of a channel: the fastest of some on four H200s."""
+"""Tokens in a piece, and in the queue of a channel: as fast as any on four H200s, and small."""
 
 
 def library() -> Any:
@@ -30,16 +33,23 @@ def library() -> Any:
 
 
 @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-def num_sms(device: torch.device) -> int:
-    """The multiprocessors of a kernel beside which nothing is computed."""
+def num_sms(device: torch.device, group: str) -> int:
+    """The multiprocessors of a kernel beside which nothing is computed.
+
+    FSDP2 may have a second communicator, of replicas, where not all ranks share out the experts.
+    """
     own: int = library().Buffer.num_sms
-    return own if own != _OWN else max(own, min(_ALONE, _multiprocessors(device) - _OTHERS))
+    if own != _OWN:
+        return own
+    communicators = 1 if process_group(group).size() == dist.get_world_size() else 2
+    room = _multiprocessors(device) - communicators * _NCCL
+    return max(own, min(_ALONE, room // 2 * 2))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # an emulation has as many as it likes
-        return _ALONE + _OTHERS
+        return _ALONE + 2 * _NCCL
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

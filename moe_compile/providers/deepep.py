@@ -44,7 +44,7 @@ def _dispatch(
     group: str,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    sms = num_sms(x.device)
+    sms = num_sms(x.device, group)
     sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens, sms)
     rows, ids, weights, places, *handle = sent
     return rows, ids, weights, places, handle

@@ -1,5 +1,6 @@
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,25 +16,37 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_emulator)
+    ranks(monkeypatch, 4)
     yield
     Buffer.set_num_sms(20)
 
 
+def ranks(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """4 ranks share out the experts, of so many."""
+    four = SimpleNamespace(size=lambda: 4)
+    monkeypatch.setattr(deep_ep_sms, "process_group", lambda _: four)
+    monkeypatch.setattr(deep_ep_sms.dist, "get_world_size", lambda: every)
+
+
 def test_alone_kernels_take_more_than_the_library_gives() -> None:
-    assert num_sms(CPU) == 64 > Buffer.num_sms
+    assert num_sms(CPU, "") == 96 > Buffer.num_sms
 
 
 def test_what_somebody_set_stays() -> None:
     Buffer.set_num_sms(24)
-    assert num_sms(CPU) == 24
+    assert num_sms(CPU, "") == 24
 
 
-@pytest.mark.parametrize(("there", "taken"), [(132, 64), (148, 64), (114, 50), (78, 20)])
+@pytest.mark.parametrize(
+    ("there", "every", "taken"),
+    [(132, 4, 96), (132, 8, 68), (148, 8, 84), (114, 4, 82), (78, 8, 20)],
+)
 def test_others_that_wait_have_room(
-    there: int, taken: int, monkeypatch: pytest.MonkeyPatch
+    there: int, every: int, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ranks(monkeypatch, every)
     monkeypatch.setattr(deep_ep_sms, "_multiprocessors", lambda _: there)
-    assert num_sms(CPU) == taken
+    assert num_sms(CPU, "") == taken
 
 
 def test_configurations() -> None:

@@ -137,7 +137,7 @@ class DeferredLogits(Tensor):
 
     head: Head
     computed: Tensor | None
-    hooks: dict[int, Hook]
+    hooks: dict[int, Hook] | None
 
     @staticmethod
     def of(head: Head) -> "DeferredLogits":
@@ -148,7 +148,7 @@ class DeferredLogits(Tensor):
         logits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             DeferredLogits, shape, dtype=dtype, device=head.x.device
         )
-        logits.head, logits.computed, logits.hooks = head, None, OrderedDict()
+        logits.head, logits.computed, logits.hooks = head, None, None
         head.aliases.append(ref(logits))
         return logits
 
@@ -170,15 +170,16 @@ class DeferredLogits(Tensor):
         """Registers a hook on the logits, whether they are computed by then, later or never."""
         if self.computed is not None:
             return self.computed.register_hook(hook)
-        if not self.hooks:  # of what torch functions do not see, too
-            with torch._C.DisableTorchFunctionSubclass():
+        if self.hooks is None:
+            self.hooks = OrderedDict()
+            with torch._C.DisableTorchFunctionSubclass():  # for what torch functions do not see
                 self.register_hook(self._run_hooks)
         handle = RemovableHandle(self.hooks)
         self.hooks[handle.id] = hook
         return handle
 
     def _run_hooks(self, grad: Tensor) -> Tensor:
-        for hook in list(self.hooks.values()):
+        for hook in list((self.hooks or {}).values()):
             changed = hook(grad)
             grad = grad if changed is None else changed
         return grad

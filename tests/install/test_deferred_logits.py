@@ -130,10 +130,9 @@ def test_hooks_see_the_gradient_and_may_change_it(name: str) -> None:
 
     def double(logits: Tensor, which: str) -> Any:
         seen[which] = []
+        logits.register_hook(lambda grad: 5 * grad).remove()
         first = logits.register_hook(lambda grad: 2 * grad)
         logits.register_hook(seen[which].append)
-        removed = logits.register_hook(lambda grad: 5 * grad)
-        removed.remove()
         return first
 
     handles = double(pair.deferred, "deferred"), double(pair.real, "real")

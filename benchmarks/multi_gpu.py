@@ -21,6 +21,7 @@ tokens of its own, and each peer its own launch of all ranks. Peers:
     moe_..._chunks    any of these three with the pass chunk_tokens, in two chunks
     moe_..._limited   with limit_picks, to twice an even share of the picks
     moe_..._normed    with fuse_normed_rotary
+    moe_..._topk      with raise_top_k
     moe_..._shared    with overlap_shared_experts; it needs `--shared`; _chunks_shared is both
     moe_..._selective with activation_checkpointing="selective"
     moe_..._gathered  with fsdp={"reshard_after_forward": False}: all but the experts stays gathered

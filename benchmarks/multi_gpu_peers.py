@@ -128,7 +128,13 @@ def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
 def passes_of(peer: str, args: argparse.Namespace) -> Any:
     """The order of passes that a peer's name asks for."""
     from moe_compile import PIPELINE
-    from moe_compile.passes import ChunkTokens, FuseNormedRotary, LimitPicks, OverlapSharedExperts
+    from moe_compile.passes import (
+        ChunkTokens,
+        FuseNormedRotary,
+        LimitPicks,
+        OverlapSharedExperts,
+        RaiseTopK,
+    )
 
     share = args.bound * shape_of(args).num_experts_per_tok
     asked = {
@@ -136,6 +142,7 @@ def passes_of(peer: str, args: argparse.Namespace) -> Any:
         "limited": LimitPicks(2 * share),
         "normed": FuseNormedRotary(),
         "shared": OverlapSharedExperts(),
+        "topk": RaiseTopK(),
     }
     return PIPELINE.after("dispatch_experts", *(step for n, step in asked.items() if n in peer))
 

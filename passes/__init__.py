@@ -15,6 +15,7 @@ from moe_compile.passes.raise_experts import RaiseExperts
 from moe_compile.passes.raise_mlps import RaiseMLPs
 from moe_compile.passes.raise_norms import RaiseNorms
 from moe_compile.passes.raise_rotary import RaiseRotary
+from moe_compile.passes.raise_top_k import RaiseTopK
 from moe_compile.rewrite.pipeline import Pipeline
 
 PIPELINE = Pipeline(
@@ -49,4 +50,5 @@ __all__ = [
     "RaiseMLPs",
     "RaiseNorms",
     "RaiseRotary",
+    "RaiseTopK",
 ]

@@ -37,6 +37,7 @@ _ROUTING = (
     "aten::max.dim",
     "aten::multinomial",
     "moe_compile::group_picks",
+    "moe_compile::top_k",
     *(
         f"moe_compile::{name}_{op}"
         for name in _DISPATCHERS

@@ -13,6 +13,7 @@ from moe_compile.ops.rms_norm import rms_norm
 from moe_compile.ops.rotary import rotary
 from moe_compile.ops.start_combine import start_combine
 from moe_compile.ops.start_dispatch import start_dispatch
+from moe_compile.ops.top_k import top_k
 from moe_compile.ops.wait_combine import wait_combine
 from moe_compile.ops.wait_dispatch import wait_dispatch
 
@@ -40,6 +41,7 @@ __all__ = [
     "rotary",
     "start_combine",
     "start_dispatch",
+    "top_k",
     "wait_combine",
     "wait_dispatch",
 ]

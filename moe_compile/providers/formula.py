@@ -73,6 +73,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.experts: _experts,
     ops.normed_rotary: ops.normed_rotary.reference,
     ops.rms_norm: ops.rms_norm.reference,
+    ops.top_k: ops.top_k.reference,
 }
 """Those of which the provider `torch` has something else."""
 

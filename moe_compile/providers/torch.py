@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile import ops
+from moe_compile.kernels import top_k
 from moe_compile.kernels.expert_block import sum_of_experts
 from moe_compile.kernels.expert_parts import (
     arrange_weights,
@@ -225,6 +226,7 @@ _IMPLEMENTATIONS: dict[CanonicalOp[..., Any], Callable[..., Any]] = {
     ops.normed_rotary: normed_rotary,
     ops.rms_norm: _rms_norm,
     ops.rotary: ops.rotary.reference,
+    ops.top_k: top_k.top_k,
 }
 """Rotary and the gated MLP are their references: one is fused by Inductor, one is three GEMMs."""
 
@@ -252,6 +254,8 @@ class TorchProvider:
         arguments = call.arguments(op)
         if op is ops.normed_rotary:
             return _without_normed_rotary(arguments)
+        if op is ops.top_k and (reason := top_k.misfit(**arguments)) is not None:
+            return Lacks(f"torch has none of its own: {reason}")
         if (problem := _fp8_problem(op, arguments, call.autocast)) is not None:
             return Refuse(problem)
         names = _SAME_DTYPE.get(op, ())

@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_compile
 from moe_compile import OptimizeConfig
@@ -34,6 +37,28 @@ def limited(*steps: Pass, dispatcher: str = "deepep", compiled: bool = False) ->
     return made
 
 
+class Rows(TorchDispatchMode):
+    """For how many picks the experts have rows."""
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.found = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "moe_compile::group_picks":
+            self.found.add(args[2])
+        return func(*args, **(kwargs or {}))
+
+
+def fewer_rows() -> None:
+    deep_ep_emulator.install()
+    for steps, rows in (((), 2 * 2 * BOUND), ((LimitPicks(ENOUGH),), ENOUGH)):
+        model = limited(*steps)
+        with Rows() as seen:
+            step(model, **call_of(dist.get_rank()))
+        assert seen.found == {rows}
+
+
 def same_steps() -> None:
     deep_ep_emulator.install()
     call = call_of(dist.get_rank())
@@ -62,6 +87,10 @@ def too_many() -> None:
 
 def test_rows_for_fewer_picks_change_nothing() -> None:
     on_ranks(2, same_steps)
+
+
+def test_there_are_fewer_rows() -> None:
+    on_ranks(2, fewer_rows)
 
 
 def test_more_picks_than_promised() -> None:

@@ -1,14 +1,13 @@
 """Top-k of short rows as one kernel: torch selects by digits, in one, and sorts in another.
 
-Of equal numbers the first comes first. NaN is larger than any number, as it is to torch.
+Of equal numbers the first comes first. NaN is larger than any number, as it is to torch. Compilers
+see one operator, no kernel: that is what checkpointing keeps, so that nothing routes again.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from moe_compile.kernels.visible import Wrap, as_it_is, show_kernels
 
 _MOST_COLUMNS = 1024
 _MOST_PICKS = 32
@@ -35,19 +34,12 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("moe_compile::top_k", mutates_args=())
 def _top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Args: x: [T, E]. Returns: [T, K] twice."""
-    if x.is_cuda:
-        return _on_gpu(x, k)
-    values, ids = x.topk(k, dim=-1)
-    return values, ids
-
-
-def _on_gpu(x: Tensor, k: int, *, wrap: Wrap = as_it_is) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        values, ids = x.topk(k, dim=-1)
+        return values, ids
     from moe_compile.kernels import top_k_kernel  # needs Triton
 
-    return top_k_kernel.top_k(x, k, wrap=wrap)
-
-
-show_kernels(_top_k, _on_gpu)
+    return top_k_kernel.top_k(x, k)
 
 
 @_top_k.register_fake

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.kernels.row_kernels import at_least_one
-from moe_compile.kernels.visible import Wrap, as_it_is
 
 _NUMBERS = 1024
 """Numbers that one program holds: one row, or some."""
@@ -39,7 +38,7 @@ def _top_k(x, values, ids, rows, width, k: tl.constexpr, size: tl.constexpr, blo
         key = tl.where(key == best[:, None], least, key)
 
 
-def top_k(x: Tensor, k: int, *, wrap: Wrap = as_it_is) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`top_k.top_k` of [T, E] on a GPU."""
     rows, width = x.shape
     values = x.new_empty(rows, k)
@@ -47,5 +46,5 @@ def top_k(x: Tensor, k: int, *, wrap: Wrap = as_it_is) -> tuple[Tensor, Tensor]:
     size = triton.next_power_of_2(width)
     block = max(_NUMBERS // size, 1)
     grid = (at_least_one((rows + block - 1) // block),)
-    wrap(_top_k)[grid](x.contiguous(), values, ids, rows, width, k, size, block)
+    _top_k[grid](x.contiguous(), values, ids, rows, width, k, size, block)
     return values, ids

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 import moe_compile
 from moe_compile import OptimizeConfig
 from moe_compile.install.recompute import KEPT, policy
+from moe_compile.kernels.top_k import top_k
 from tests.counting import CountOps
 from tests.families import build
 from tests.pairs import COMPILED, check_close, inputs, make_pair, step
@@ -106,7 +107,7 @@ def test_every_operator_of_ours_that_is_kept_exists() -> None:
     for package in ("kernels.expert_rows", "providers.registry"):
         importlib.import_module(f"moe_compile.{package}")
     own = [name.split("::")[1] for name in KEPT["selective"] if name.startswith("moe_compile::")]
-    assert len(own) == 6 + 3 * len(("dispatch", "combine")) * len(("", "start", "wait"))
+    assert len(own) == 7 + 3 * len(("dispatch", "combine")) * len(("", "start", "wait"))
     assert [name for name in own if not hasattr(torch.ops.moe_compile, name)] == []
 
 
@@ -133,10 +134,22 @@ class Layer(nn.Module):
         return x + y.sin() * ids.sum(-1, keepdim=True)
 
 
-class Model(nn.Module):
+class Picking(nn.Module):
+    """What `RaiseTopK` makes of a router, on a GPU."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.router = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, ids = top_k(self.router(x), 2)
+        return x + (values * ids).sin().sum(-1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self, layer: type[nn.Module] = Layer) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -160,3 +173,14 @@ def test_random_numbers_and_changes_in_place() -> None:
     for values in found[1:]:
         assert len(values) == 9
         assert all(map(torch.equal, values, found[0]))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("compile", [False, COMPILED.compile], ids=["eager", "compiled"])
+def test_our_own_top_k_runs_once(mode: str, compile: Any) -> None:
+    x = torch.randn(2, 5, 8)
+    model = Model(Picking)
+    moe_compile.optimize(model, config=quick(mode, compile), example_inputs=(x,))
+    with CountOps() as ops:
+        model(x).square().sum().backward()
+    assert ops.calls["moe_compile::top_k"] == 2

@@ -55,13 +55,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def configs(sms: int, ranks: int) -> tuple[Any, Any]:
     """The library's configurations of dispatch and combine for that many multiprocessors."""
-    return _configs(sms, ranks, library().Buffer.num_sms)
-
-
-@functools.cache
-def _configs(sms: int, ranks: int, own: int) -> tuple[Any, Any]:
     buffer = library().Buffer
-    if sms == own:
+    if sms == buffer.num_sms:
         return buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)
     config = library().Config(sms, _SEND, _RECEIVE, 6, 128)  # the last two are for other machines
     return config, config

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels.all_to_all import process_group
+from moe_compile.kernels.deep_ep_layout import dispatch_layout
 from moe_compile.kernels.deep_ep_sms import configs, library
 from moe_compile.kernels.in_flight import Land, private
 
@@ -130,7 +131,8 @@ def begin_dispatch(
     _wait_for_counts(group, x.device, max_tokens)
     buffer, config, _ = _buffer(x.shape[1], group, sms or library().Buffer.num_sms)
     x, picks, weighed = sent(is_async, x, ids.to(torch.int64), weights.to(torch.float32))
-    per_rank, _, per_expert, is_sent, _ = buffer.get_dispatch_layout(picks, num_experts)
+    ranks = process_group(group).size()
+    per_rank, per_expert, is_sent = dispatch_layout(picks, num_experts, ranks)
     rows, local_ids, their_weights, counts, handle, event = buffer.dispatch(
         x,
         num_tokens_per_rank=per_rank,
@@ -138,7 +140,7 @@ def begin_dispatch(
         num_tokens_per_expert=per_expert,
         topk_idx=picks,
         topk_weights=weighed,
-        num_worst_tokens=(max_tokens or 0) * process_group(group).size(),
+        num_worst_tokens=(max_tokens or 0) * ranks,
         config=config,
         async_finish=is_async,
     )

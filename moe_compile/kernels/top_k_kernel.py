@@ -26,6 +26,7 @@ def _top_k(x, values, ids, rows, width, k: tl.constexpr, size: tl.constexpr, blo
     own = tl.load(x + row[:, None] * width + at, mask=inside, other=0).to(tl.float32)
     bits = own.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(own == 0, 0, order)  # -0.0 is no less than 0.0
     order = tl.where(own != own, 0x7FFFFFFF, order).to(tl.int64)
     least = -0x8000000000000000
     key = tl.where(inside, order * 0x100000000 + (size - 1 - at), least)

@@ -24,6 +24,7 @@ def shard(
     model: nn.Module,
     groups: list[Group],
     installations: list[Installation],
+    head: nn.Module | None,
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
@@ -36,8 +37,9 @@ def shard(
     if experts:
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    names = layer_names(groups)
-    shard_data_parallel(model, names, experts, layout, config)
+    layers = set(layer_names(groups))  # of kinds, not in the order in which they run
+    names = [name for name, _ in model.named_modules() if name in layers]
+    shard_data_parallel(model, names, head, experts, layout, config)
     watch(model, names)
     forbid_additions(model)
     mark_prepared(model)

@@ -26,15 +26,16 @@ def options() -> None:
     config = OptimizeConfig(fsdp={"reshard_after_forward": False})
     model, reference = both("ep", small(num_hidden_layers=2), config)
     wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    assert wrapped == [model, *model.model.layers]
+    assert wrapped == [model, *model.model.layers, model.lm_head]
     for layer in model.model.layers:
         assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
     check_step(model, reference)
 
 
 def joined() -> None:
-    """Two layers are a unit of FSDP2, and the third one is by itself."""
-    model, reference = both("ep", small(num_hidden_layers=3), OptimizeConfig(layers_per_unit=2))
+    """The first two layers, which are of two kinds, are a unit of FSDP2; the third is by itself."""
+    layers = small("gpt_oss", num_hidden_layers=3)
+    model, reference = both("ep", layers, OptimizeConfig(layers_per_unit=2))
     states = [layer._get_fsdp_state() for layer in model.model.layers]
     assert states[0] is states[1] is not states[2]
     check_step(model, reference)
@@ -47,6 +48,9 @@ def heads() -> None:
     Also where the head alone is trained, of which only the logits' hook tells FSDP2; and of a head
     whose weight other code reads.
     """
+    tied = both("ep", small(tie_word_embeddings=True), OptimizeConfig(compile=False))
+    check_step(*tied)
+    assert not isinstance(tied[0].lm_head, FSDPModule)
     model, reference = both("ep", small(num_hidden_layers=2), OptimizeConfig(compile=False))
     logits = model(**call_of(dist.get_rank())).logits
     assert isinstance(logits, DeferredLogits)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from one_gpu import config_of
+from one_gpu import asked_passes, config_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -128,21 +128,13 @@ def options_of(peer: str, args: argparse.Namespace) -> dict[str, Any]:
 def passes_of(peer: str, args: argparse.Namespace) -> Any:
     """The order of passes that a peer's name asks for."""
     from moe_compile import PIPELINE
-    from moe_compile.passes import (
-        ChunkTokens,
-        FuseNormedRotary,
-        LimitPicks,
-        OverlapSharedExperts,
-        RaiseTopK,
-    )
+    from moe_compile.passes import ChunkTokens, LimitPicks, OverlapSharedExperts
 
     share = args.bound * shape_of(args).num_experts_per_tok
-    asked = {
+    asked = asked_passes() | {
         "chunks": ChunkTokens(2),
         "limited": LimitPicks(2 * share),
-        "normed": FuseNormedRotary(),
         "shared": OverlapSharedExperts(),
-        "topk": RaiseTopK(),
     }
     return PIPELINE.after("dispatch_experts", *(step for n, step in asked.items() if n in peer))
 

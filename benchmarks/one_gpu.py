@@ -7,11 +7,12 @@ Real widths, `--layers` of 48 layers and the whole head, random weights, the rea
 and fused AdamW; a process for each peer. `hf` is transformers with `grouped_mm`, `hf_compile` the
 same with every layer compiled, `hf_liger` that with Liger's fused linear cross-entropy, and
 `automodel` NeMo AutoModel, whose ports take no labels, so its loss is of bfloat16 logits, with
-torch's kernels and its real gate; `moe_compile_graph` is moe_compile with a `GraphedStep`. A peer
-that is not installed is left out with a line; AutoModel wants another transformers: `AUTOMODEL` may
-name a folder of packages that its process sees first. Times are medians; a step is forward,
-backward and optimizer. `persistent` is what weights, gradients and the optimizer's states take,
-`peak` is everything.
+torch's kernels and its real gate; `moe_compile_graph` is moe_compile with a `GraphedStep`, and with
+`_normed` and `_topk` in its name with the passes fuse_normed_rotary and raise_top_k. A peer that is
+not installed is left out with a line; AutoModel wants another transformers: `AUTOMODEL` may name a
+folder of packages that its process sees first. Times are medians; a step is forward, backward and
+optimizer. `persistent` is what weights, gradients and the optimizer's states take, `peak` is
+everything.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from machine import describe, markdown
@@ -70,8 +72,17 @@ def build(peer: str, layers: int, experts: int = 128) -> PreTrainedModel:
     if peer.startswith("moe_compile"):
         import moe_compile
 
-        return moe_compile.optimize(model)
+        passes = (step for name, step in asked_passes().items() if name in peer)
+        pipeline = moe_compile.PIPELINE.after("dispatch_experts", *passes)
+        return moe_compile.optimize(model, passes=pipeline)
     return model
+
+
+def asked_passes() -> dict[str, Any]:
+    """Passes that a peer's name asks for."""
+    from moe_compile.passes import FuseNormedRotary, RaiseTopK
+
+    return {"normed": FuseNormedRotary(), "topk": RaiseTopK()}
 
 
 def automodel(config: Qwen3MoeConfig) -> PreTrainedModel:

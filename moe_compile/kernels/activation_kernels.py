@@ -18,7 +18,7 @@ from moe_compile.kernels.visible import Wrap, as_it_is
 _MOST_COLUMNS = 1024
 """The most numbers of a row that one program holds."""
 
-_PROGRAMS = 4096
+_PROGRAMS = 16384
 """The most programs: each has every such row, so none starts for nothing but rows that hold any."""
 
 

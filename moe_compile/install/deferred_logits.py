@@ -84,12 +84,14 @@ class Head:
 
     def logits(self) -> Tensor:
         """All of them, with their gradients."""
-        resharded = self.backwards is not None and self.backwards.count != self.seen
+        resharded = self.backwards is not None and (
+            self.backwards.count != self.seen or not self.weight.untyped_storage().size()
+        )
         if resharded or self.weight._version != self.version:
             raise RuntimeError(
                 "the logits of a training step were read after the head's weight had "
                 f"{'been sharded again' if resharded else 'changed'}; read them before backward, "
-                "or pass OptimizeConfig(loss='model') to optimize"
+                "without reshard_after_forward, or pass OptimizeConfig(loss='model') to optimize"
             )
         with torch.enable_grad(), _without_autocast(self.x):
             logits = self.transform(F.linear(self.x, self.weight, self.bias))

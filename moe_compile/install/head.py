@@ -1,7 +1,7 @@
 """The head of a language model, which in training leaves its logits to be computed when needed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,8 +73,9 @@ def install_head(model: nn.Module, plan: HeadPlan | None, *, sharded: bool) -> N
     last: list[Head] = []
 
     def hidden(found: Head) -> Tensor:
-        last[:] = [found]
-        return found.x
+        x = found.x.clone()  # FSDP2 warns of hooks on views
+        last[:] = [replace(found, x=x)]
+        return x
 
     bind(head, _forward_for(plan.loss, backwards, hidden))
     head.register_forward_hook(lambda *_: DeferredLogits.defer(last.pop()) if last else None)

@@ -1,6 +1,6 @@
 """The Triton kernels of `expert_rows`; imported where there is a GPU, as Triton comes with CUDA.
 
-Every kernel is deterministic: no atomics, and sums in a fixed order.
+Every kernel is deterministic: sums are in a fixed order, or of integers.
 """
 
 # Triton has no types, and is not there without CUDA.
@@ -112,7 +112,9 @@ def _layout(
         tl.atomic_add(per_rank + rank, tl.sum(goes, axis=0), sem="relaxed")
     expert = tl.reshape(tl.where(own < 0, bins - 1, own), [size * picks])
     bin = tl.arange(0, bins)
-    tl.atomic_add(per_expert + bin, tl.histogram(expert, bins), mask=bin < num_experts, sem="relaxed")
+    tl.atomic_add(
+        per_expert + bin, tl.histogram(expert, bins), mask=bin < num_experts, sem="relaxed"
+    )
 
 
 def dispatch_layout(ids: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,9 +37,9 @@ def shard_data_parallel(
     units = joined_in_a_row(joined_by_ties(list(lists)), lists, config.layers_per_unit)
     for unit in units:
         fully_shard(unit, **options)
-    if units and head is not None and _is_apart(head, model):
-        stays: dict[str, Any] = options | {"reshard_after_forward": False}
-        fully_shard(head, **stays)
+    stays = not options.get("reshard_after_forward")  # a loss needs the head after its forward
+    if units and head is not None and stays and _is_apart(head, model):
+        fully_shard(head, **dict(options, reshard_after_forward=False))
         _gather_beside(units[-1], head)
     fully_shard(model, **options)
 
@@ -57,7 +57,12 @@ def _gather_beside(unit: list[nn.Module], head: Any) -> None:
     """
     first: Any = unit[0]
     first.set_modules_to_forward_prefetch([head])
-    unit[-1].register_forward_hook(lambda *_: head.unshard())
+
+    def wait(*_: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not where a backward runs the layer again
+            head.unshard()
+
+    unit[-1].register_forward_hook(wait)
 
 
 def joined_in_a_row(

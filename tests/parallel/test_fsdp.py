@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -51,15 +52,30 @@ def heads() -> None:
     tied = both("ep", small(tie_word_embeddings=True), OptimizeConfig(compile=False))
     check_step(*tied)
     assert not isinstance(tied[0].lm_head, FSDPModule)
+    resharded = OptimizeConfig(compile=False, fsdp={"reshard_after_forward": True})
+    model, _ = both("ep", small(), resharded)
+    assert not isinstance(model.lm_head, FSDPModule)
+    with pytest.raises(RuntimeError, match="sharded again"):
+        model(**call_of(dist.get_rank())).logits.sum()
     model, reference = both("ep", small(num_hidden_layers=2), OptimizeConfig(compile=False))
     logits = model(**call_of(dist.get_rank())).logits
     assert isinstance(logits, DeferredLogits)
     assert logits.computed is None
     check_gradients(model, reference, of_logits)
     check_gradients(model, reference, of_the_weight)
+    check_is_gathered_once(model)
     for each in (model, reference):
         each.requires_grad_(False).lm_head.requires_grad_(True)
     check_gradients(model, reference, of_logits)
+
+
+def check_is_gathered_once(model: Any) -> None:
+    """Not again where the backward runs the layers once more."""
+    model.gradient_checkpointing_enable()
+    with mock.patch.object(model.lm_head, "unshard") as unshard:
+        of_logits(model, dist.get_rank()).backward()
+    unshard.assert_called_once_with()
+    model.gradient_checkpointing_disable()
 
 
 def of_logits(model: Any, rank: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from moe_compile.checkpoint.save import bind_save
 from moe_compile.checks import check_config, check_mesh, check_model, check_passes
 from moe_compile.config import CONFIG, OptimizeConfig
 from moe_compile.install.compile import compile_options, compile_units, is_layer
-from moe_compile.install.head import HeadPlan, deferring, install_head, plan_head
+from moe_compile.install.head import HeadPlan, install_head, plan_head
 from moe_compile.install.sites import Installation, install, prepare
 from moe_compile.parallel.agree import check_agreement, on_every_rank
 from moe_compile.parallel.fsdp import check_ties, move
@@ -124,17 +124,16 @@ def optimize(
     with work.timed("install"):
         for installation in work.installations:
             install(model, installation)
+        sharded = work.layout is not None and config.fsdp is not False
+        install_head(model, work.head, sharded=sharded)
     with work.timed("compile"):
         compile_units(model, work.groups, config, work.device)
     if work.layout is not None:
         with work.timed("shard"):
-            head = deferring(model, work.head)
-            shard(model, work.groups, work.installations, head, work.layout, config)
+            shard(model, work.groups, work.installations, work.layout, config)
             bind_save(model, work.layout)
     elif mesh is not None:
         move(model, work.device)
-    sharded = work.layout is not None and config.fsdp is not False
-    install_head(model, work.head, sharded=sharded)
     found = tuple(router for each in work.installations for router in each.every_router())
     group = None if work.layout is None or work.layout.group is None else work.layout.group
     setattr(model, ROUTERS, Routers(found, group and group.group_name))

@@ -1,13 +1,12 @@
 """The head of a language model, which in training leaves its logits to be computed when needed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from moe_compile import ops
 from moe_compile.adapters import transformers as hf
@@ -50,35 +49,14 @@ def plan_head(model: nn.Module, config: OptimizeConfig) -> HeadPlan | None:
     return HeadPlan(_site(name, provider=provider), loss)
 
 
-def deferring(model: nn.Module, plan: HeadPlan | None) -> nn.Module | None:
-    """The head that leaves its logits to be computed when needed, if there is one."""
-    if plan is None or plan.loss is None:
-        return None
-    return model.get_submodule(plan.site.module)
-
-
 def install_head(model: nn.Module, plan: HeadPlan | None, *, sharded: bool) -> None:
     """Binds the deferring forward on a head that is rewritten.
 
-    Where the head's weight is `sharded`, logits cannot be read after a backward. Hooks that FSDP2
-    put on the head see the hidden states: one on deferred logits would have them computed.
+    Where the head's weight will be `sharded`, logits cannot be read after a backward.
     """
-    if plan is None or plan.loss is None:
-        return
-    head = model.get_submodule(plan.site.module)
-    backwards = Backwards() if sharded else None
-    if not isinstance(head, FSDPModule):
-        bind(head, _forward_for(plan.loss, backwards, DeferredLogits.defer))
-        return
-    last: list[Head] = []
-
-    def hidden(found: Head) -> Tensor:
-        x = found.x.clone()  # FSDP2 warns of hooks on views
-        last[:] = [replace(found, x=x)]
-        return x
-
-    bind(head, _forward_for(plan.loss, backwards, hidden))
-    head.register_forward_hook(lambda *_: DeferredLogits.defer(last.pop()) if last else None)
+    if plan is not None and plan.loss is not None:
+        backwards = Backwards() if sharded else None
+        bind(model.get_submodule(plan.site.module), _forward_for(plan.loss, backwards))
 
 
 def _site(name: str, *, provider: str | None = None, reason: str | None = None) -> Site:
@@ -99,10 +77,8 @@ def _choose(head: nn.Module | None, config: OptimizeConfig) -> tuple[str, Loss]:
     return provider.name, provider.implementation(op)
 
 
-def _forward_for(
-    loss: Loss, backwards: Backwards | None, defer: Callable[[Head], Tensor]
-) -> Callable[..., Any]:
-    """`nn.Linear.forward`, and what `defer` returns where a training step may want no more."""
+def _forward_for(loss: Loss, backwards: Backwards | None) -> Callable[..., Any]:
+    """`nn.Linear.forward`, with deferred logits where a training step may want no more."""
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         is_step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -119,6 +95,7 @@ def _forward_for(
             # loss would have underflowed by then.
             return F.linear(x, weight, bias)
         seen = 0 if backwards is None else backwards.count
-        return defer(Head(x, weight, bias, loss, Transform(), weight._version, backwards, seen))
+        head = Head(x, weight, bias, loss, Transform(), weight._version, backwards, seen)
+        return DeferredLogits.defer(head)
 
     return forward

@@ -1,9 +1,9 @@
-"""Everything but the experts, over all ranks: `fully_shard` for each layer, the head, and the rest.
+"""Everything but the experts, over all ranks: `fully_shard` for each layer, and for the rest.
 
 FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,50 +19,19 @@ from moe_compile.parallel.layout import Layout
 def shard_data_parallel(
     model: nn.Module,
     names: list[str],
-    head: nn.Module | None,
     experts: set[nn.Parameter],
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
-    """Applies FSDP2 to the named layers, the head, if it is given, and the model.
-
-    `experts` are left to their own ranks.
-    """
+    """Applies FSDP2 to the named layers and the model; `experts` are left to their own ranks."""
     if config.fsdp is False:
         move(model, layout.device)
         return
     options: dict[str, Any] = {} if isinstance(config.fsdp, (bool, str)) else dict(config.fsdp)
-    options |= {"mesh": layout.data, "ignored_params": experts}
     lists = {model.get_submodule(name): name.rpartition(".")[0] for name in names}
     units = joined_in_a_row(joined_by_ties(list(lists)), lists, config.layers_per_unit)
-    for unit in units:
-        fully_shard(unit, **options)
-    stays = not options.get("reshard_after_forward")  # a loss needs the head after its forward
-    if units and head is not None and stays and _is_apart(head, model):
-        fully_shard(head, **dict(options, reshard_after_forward=False))
-        _gather_beside(units[-1], head)
-    fully_shard(model, **options)
-
-
-def _is_apart(head: nn.Module, model: nn.Module) -> bool:
-    """Whether nothing else has the head's parameters, and no hook wants what it returns."""
-    homes = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    return not head._forward_hooks and all(homes[p] == 1 for p in head.parameters())
-
-
-def _gather_beside(unit: list[nn.Module], head: Any) -> None:
-    """Has the head travel while the last layers compute; after them it is there.
-
-    Then its weight can also be read by who does not call it, such as the fused loss of TRL.
-    """
-    first: Any = unit[0]
-    first.set_modules_to_forward_prefetch([head])
-
-    def wait(*_: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not where a backward runs the layer again
-            head.unshard()
-
-    unit[-1].register_forward_hook(wait)
+    for modules in (*units, [model]):
+        fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
 
 
 def joined_in_a_row(

@@ -24,7 +24,6 @@ def shard(
     model: nn.Module,
     groups: list[Group],
     installations: list[Installation],
-    head: nn.Module | None,
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
@@ -39,7 +38,7 @@ def shard(
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
     layers = set(layer_names(groups))  # of kinds, not in the order in which they run
     names = [name for name, _ in model.named_modules() if name in layers]
-    shard_data_parallel(model, names, head, experts, layout, config)
+    shard_data_parallel(model, names, experts, layout, config)
     watch(model, names)
     forbid_additions(model)
     mark_prepared(model)

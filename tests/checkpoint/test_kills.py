@@ -55,7 +55,7 @@ def sharded(model: Any) -> Any:
     """What optimize makes of a model with no experts for it: that is quicker to kill often."""
     layout = layout_of(init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)))
     assert layout is not None
-    shard_data_parallel(model, [], None, set(), layout, OptimizeConfig())
+    shard_data_parallel(model, [], set(), layout, OptimizeConfig())
     bind_save(model, layout)
     return model
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ def options() -> None:
     config = OptimizeConfig(fsdp={"reshard_after_forward": False})
     model, reference = both("ep", small(num_hidden_layers=2), config)
     wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    assert wrapped == [model, *model.model.layers, model.lm_head]
+    assert wrapped == [model, *model.model.layers]
     for layer in model.model.layers:
         assert layer._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None
     check_step(model, reference)
@@ -49,33 +48,25 @@ def heads() -> None:
     Also where the head alone is trained, of which only the logits' hook tells FSDP2; and of a head
     whose weight other code reads.
     """
-    tied = both("ep", small(tie_word_embeddings=True), OptimizeConfig(compile=False))
-    check_step(*tied)
-    assert not isinstance(tied[0].lm_head, FSDPModule)
-    resharded = OptimizeConfig(compile=False, fsdp={"reshard_after_forward": True})
-    model, _ = both("ep", small(), resharded)
-    assert not isinstance(model.lm_head, FSDPModule)
-    with pytest.raises(RuntimeError, match="sharded again"):
-        model(**call_of(dist.get_rank())).logits.sum()
     model, reference = both("ep", small(num_hidden_layers=2), OptimizeConfig(compile=False))
     logits = model(**call_of(dist.get_rank())).logits
     assert isinstance(logits, DeferredLogits)
     assert logits.computed is None
     check_gradients(model, reference, of_logits)
     check_gradients(model, reference, of_the_weight)
-    check_is_gathered_once(model)
+    check_gradients(model, reference, of_two_calls)
+    check_gradients(model, reference, of_a_detached_call)
     for each in (model, reference):
         each.requires_grad_(False).lm_head.requires_grad_(True)
     check_gradients(model, reference, of_logits)
 
 
-def check_is_gathered_once(model: Any) -> None:
-    """Not again where the backward runs the layers once more."""
-    model.gradient_checkpointing_enable()
-    with mock.patch.object(model.lm_head, "unshard") as unshard:
-        of_logits(model, dist.get_rank()).backward()
-    unshard.assert_called_once_with()
-    model.gradient_checkpointing_disable()
+def resharded() -> None:
+    """Where FSDP2 shards the head again after a forward, its logits are there no more."""
+    config = OptimizeConfig(compile=False, fsdp={"reshard_after_forward": True})
+    model, _ = both("ep", small(), config)
+    with pytest.raises(RuntimeError, match="sharded again"):
+        model(**call_of(dist.get_rank())).logits.sum()
 
 
 def of_logits(model: Any, rank: int) -> torch.Tensor:
@@ -90,6 +81,28 @@ def of_the_weight(model: Any, rank: int) -> torch.Tensor:
         hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return F.linear(hidden, self.lm_head.weight).log_softmax(-1)[..., 3].mean()
 
+    return with_forward(model, forward, rank)
+
+
+def of_two_calls(model: Any, rank: int) -> torch.Tensor:
+    """Two forwards before their backward."""
+    return of_logits(model, rank) + of_logits(model, rank + 1)
+
+
+def of_a_detached_call(model: Any, rank: int) -> torch.Tensor:
+    """The head is called twice in a forward, first where the rest of the model is not trained."""
+
+    def forward(self: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        labels = input_ids.flatten()
+        logits = (self.lm_head(h).flatten(0, 1) for h in (hidden.detach(), hidden))
+        return sum(F.cross_entropy(each, labels) for each in logits)  # type: ignore[return-value]
+
+    return with_forward(model, forward, rank)
+
+
+def with_forward(model: Any, forward: Callable[..., torch.Tensor], rank: int) -> torch.Tensor:
+    """The loss of another forward of the model."""
     model.forward = MethodType(forward, model)
     try:
         loss: torch.Tensor = model(**call_of(rank))
@@ -135,6 +148,7 @@ def on_two_ranks() -> None:
     options()
     joined()
     heads()
+    resharded()
     alone()
 
 

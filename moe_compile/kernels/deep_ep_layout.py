@@ -12,9 +12,9 @@ def dispatch_layout(ids: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, 
         token goes to a rank [T, R] bool: what DeepEP's `get_dispatch_layout` does.
     """
     if ids.is_cuda:
-        from moe_compile.kernels import row_kernels  # needs Triton
+        from moe_compile.kernels import deep_ep_layout_kernel  # needs Triton
 
-        return row_kernels.dispatch_layout(ids, num_experts, ranks)
+        return deep_ep_layout_kernel.dispatch_layout(ids, num_experts, ranks)
     owner = torch.where(ids >= 0, ids // (num_experts // ranks), -1)
     is_sent = (owner[:, :, None] == torch.arange(ranks)).any(1)
     per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts).int()

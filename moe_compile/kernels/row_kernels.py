@@ -1,6 +1,6 @@
 """The Triton kernels of `expert_rows`; imported where there is a GPU, as Triton comes with CUDA.
 
-Every kernel is deterministic: sums are in a fixed order, or of integers.
+Every kernel is deterministic: no atomics, and sums in a fixed order.
 """
 
 # Triton has no types, and is not there without CUDA.
@@ -14,9 +14,6 @@ from moe_compile.kernels.visible import Wrap, as_it_is
 
 _PICKS = 128
 """Picks that one program ranks, by comparing each with each."""
-
-_TOKENS = 32
-"""Tokens that one program counts."""
 
 _COLUMNS = 2048
 """The most columns of a row that one program holds."""
@@ -83,52 +80,6 @@ def group_picks(
     sizes = num_picks, num_rows, num_experts, bins, _PICKS
     wrap(_place)[(programs,)](ids, ends, counts, order, inverse, *sizes)
     return order, inverse, ends.view(bins, programs)[:num_experts, -1].contiguous()
-
-
-@triton.jit
-def _layout(
-    ids,
-    per_rank,
-    per_expert,
-    is_sent,
-    num_tokens,
-    num_picks,
-    num_experts,
-    local,
-    ranks: tl.constexpr,
-    bins: tl.constexpr,
-    size: tl.constexpr,
-    picks: tl.constexpr,
-):
-    """Counts of a program's tokens are added to the others': of integers, the order is the same."""
-    token = tl.program_id(0) * size + tl.arange(0, size)
-    pick = tl.arange(0, picks)[None, :]
-    inside = (token[:, None] < num_tokens) & (pick < num_picks)
-    own = tl.load(ids + token[:, None] * num_picks + pick, mask=inside, other=-1).to(tl.int32)
-    for rank in tl.static_range(ranks):
-        is_here = (own >= rank * local) & (own < (rank + 1) * local)
-        goes = tl.max(is_here.to(tl.int32), axis=1)
-        tl.store(is_sent + token * ranks + rank, goes.to(tl.int8), mask=token < num_tokens)
-        tl.atomic_add(per_rank + rank, tl.sum(goes, axis=0), sem="relaxed")
-    expert = tl.reshape(tl.where(own < 0, bins - 1, own), [size * picks])
-    bin = tl.arange(0, bins)
-    tl.atomic_add(
-        per_expert + bin, tl.histogram(expert, bins), mask=bin < num_experts, sem="relaxed"
-    )
-
-
-def dispatch_layout(ids: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`deep_ep_layout.dispatch_layout` on a GPU."""
-    num_tokens, num_picks = ids.shape
-    counts = torch.zeros(ranks + num_experts, dtype=torch.int32, device=ids.device)
-    is_sent = torch.empty(num_tokens, ranks, dtype=torch.bool, device=ids.device)
-    per_rank, per_expert = counts.split((ranks, num_experts))
-    sizes = num_tokens, num_picks, num_experts, num_experts // ranks
-    bins, width = triton.next_power_of_2(num_experts + 1), triton.next_power_of_2(num_picks)
-    grid = (at_least_one(triton.cdiv(num_tokens, _TOKENS)),)
-    outs = per_rank, per_expert, is_sent.view(torch.int8)
-    _layout[grid](ids.contiguous(), *outs, *sizes, ranks, bins, _TOKENS, width)
-    return per_rank, per_expert, is_sent
 
 
 @triton.jit

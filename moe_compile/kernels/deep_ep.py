@@ -147,8 +147,8 @@ def begin_dispatch(
 
     def land() -> tuple[Tensor, ...]:
         wait_for(event, is_async)
-        # They are already, but of rows that did not come.
-        their_weights.masked_fill_(local_ids < 0, 0)
+        if is_async:  # else what calls the op does
+            their_weights.masked_fill_(local_ids < 0, 0)
         places = places_of(rows, local_ids, counts)
         return rows, local_ids.to(ids.dtype), their_weights.to(weights.dtype), places, *handle
 

@@ -45,9 +45,11 @@ def _dispatch(
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     sms = num_sms(x.device, group)
-    sent = deep_ep_dispatch(x, ids, weights, num_experts, group, max_tokens, sms)
-    rows, ids, weights, places, *handle = sent
-    return rows, ids, weights, places, handle
+    # Weights travel in float32. They are cast here, where a compiler sees it.
+    sent = deep_ep_dispatch(x, ids, weights.float(), num_experts, group, max_tokens, sms)
+    rows, ids, theirs, places, *handle = sent
+    # Those without an expert here are zero already, but of rows that did not come.
+    return rows, ids, torch.where(ids < 0, 0, theirs).to(weights.dtype), places, handle
 
 
 def _combine(y: Tensor, handle: list[Tensor], num_tokens: int, group: str) -> Tensor:

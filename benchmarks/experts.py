@@ -5,9 +5,9 @@ python benchmarks/experts.py --shapes 8192,2048,768,128,8 --profile
 
 `hf` is transformers' block with `grouped_mm`, `hf_compiled` the same in one compiled graph, and
 `moe_compile` is that block after `optimize`, compiled, with the products of the provider torch;
-`moe_quack` with those of quack, where it is installed. Same weights and tokens; errors are relative
-L2 against `hf`, the worst of the output and every gradient. TFLOP/s count the experts' products
-only: 6 T K H I forward and three times that with the backward.
+`moe_triton` with those of triton, and `moe_quack` with those of quack, where it is installed. Same
+weights and tokens; errors are relative L2 against `hf`, the worst of the output and every gradient.
+TFLOP/s count the experts' products only: 6 T K H I forward and three times that with the backward.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def measure(shape: str, profiled: bool) -> list[tuple[str, ...]]:
         "hf": hf,
         "hf_compiled": torch.compile(copy.deepcopy(hf), fullgraph=True, dynamic=False),
         "moe_compile": optimized(hf, x.detach(), "torch"),
+        "moe_triton": optimized(hf, x.detach(), "triton"),
     }
     if importlib.util.find_spec("quack") is not None:
         blocks["moe_quack"] = optimized(hf, x.detach(), "quack")

@@ -63,6 +63,7 @@ _DEAR = (
     "moe_compile::fp8_mm",
     "moe_compile::fp8_grouped_mm",
     "moe_compile::te_fp8_linear",
+    "moe_compile::gathered_product",
     "moe_compile::quack_product",
     *(
         f"moe_compile::{name}_{op}"

@@ -10,29 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_compile import ops
-from moe_compile.kernels.expert_block import sum_of_experts
 from moe_compile.kernels.quack import NAME, library
 from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.expert_blocks import block_of, block_problem
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
 _ALIGNED = 8
 """Widths are multiples of it: rows of bfloat16 then start at multiples of 16 bytes."""
-
-
-def _experts(
-    *given: Any,
-    norm: None = None,
-    norm_weight: None = None,
-    weigh_input: bool = False,
-    recipe: None = None,
-    **options: Any,
-) -> Tensor:
-    """What the named options ask for is refused (`_kind_problem`)."""
-    return sum_of_experts(NAME, *given, **options)
 
 
 @dataclass(frozen=True)
@@ -51,8 +38,8 @@ class QuackProvider:
         if device.type != "cuda":
             return Lacks(f"quack takes tensors on cuda: got {device.type}")
         problem = (
-            _kind_problem(arguments)
-            or _weights_problem(arguments)
+            block_problem(arguments, (torch.bfloat16,))
+            or _widths_problem(arguments)
             or _import_problem()
             or _device_problem(device)
         )
@@ -65,25 +52,10 @@ class QuackProvider:
     def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
         """The implementation of `op`."""
         assert op is ops.experts
-        return _experts
+        return block_of(NAME)
 
 
-def _kind_problem(arguments: dict[str, Any]) -> str | None:
-    """What comes between the products and the rows of x, or the sums, cannot be left out."""
-    if arguments["recipe"] is not None:
-        return "its products here are of bfloat16: these are of FP8"
-    if arguments["norm"] is not None:
-        return "it sums a token's rows as they are: a norm comes first here"
-    if arguments["weigh_input"]:
-        return "it reads the tokens as they are: they are weighed first here"
-    return None
-
-
-def _weights_problem(arguments: dict[str, Any]) -> str | None:
-    for name in ("up", "down", "up_bias", "down_bias"):
-        tensor = arguments[name]
-        if tensor is not None and tensor.dtype != torch.bfloat16:
-            return f"it takes bfloat16: {name} is {tensor.dtype}"
+def _widths_problem(arguments: dict[str, Any]) -> str | None:
     for name in ("up", "down"):
         sizes = arguments[name].shape[1:]
         if any(size % _ALIGNED for size in sizes):

@@ -12,6 +12,7 @@ from moe_compile.providers.provider import Call, Lacks, Provider
 from moe_compile.providers.quack import QuackProvider
 from moe_compile.providers.torch import TorchProvider
 from moe_compile.providers.transformer_engine import TransformerEngineProvider
+from moe_compile.providers.triton import TritonProvider
 from moe_compile.rewrite.refuse import Refuse
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -23,6 +24,7 @@ PROVIDERS: tuple[Provider, ...] = (
     LigerProvider(),
     TransformerEngineProvider(),
     QuackProvider(),
+    TritonProvider(),
 )
 """Those that are chosen from; where none can be timed, the first that takes a call computes it."""
 

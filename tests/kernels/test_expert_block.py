@@ -1,4 +1,4 @@
-"""What an experts block keeps, by torch's products and by quack's, which are emulated on a CPU."""
+"""What an experts block keeps, by each kind of products; quack's are emulated on a CPU."""
 
 import importlib.util
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_compile.kernels import grouped_products, quack
+from moe_compile.kernels import gathered_products, grouped_products, quack
 from moe_compile.kernels.activation import activate, is_fusable, register
 from moe_compile.kernels.expert_block import (
     Where,
@@ -36,8 +36,10 @@ def on_a_gpu(name: str, here: bool, needs: str) -> Any:
 BOTH = [
     (grouped_products.NAME, "cpu"),
     (quack.NAME, "cpu"),
+    (gathered_products.NAME, "cpu"),
     on_a_gpu(grouped_products.NAME, CAPABLE, "a GPU with bfloat16"),
     on_a_gpu(quack.NAME, HAS_QUACK, "a Hopper GPU and quack-kernels"),
+    on_a_gpu(gathered_products.NAME, CAPABLE, "a GPU with bfloat16"),
 ]
 BF16 = torch.bfloat16
 E, H, WIDTH, OUT = 4, 32, 24, 40

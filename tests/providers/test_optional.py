@@ -182,7 +182,7 @@ def test_experts_by_quack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert QUACK.supports(experts, block()) is None
     assert QUACK.supports(experts, block(transposed=True, places=fake(5, 0), **biases)) is None
     for changes, reason in (
-        ({"recipe": "current"}, "these are of FP8"),
+        ({"recipe": "current"}, "not of FP8: these are"),
         ({"norm": torch.relu}, "a norm comes first here"),
         ({"weigh_input": True}, "they are weighed first here"),
         ({"down": fake(4, 24, 16, dtype=torch.float16)}, "down is torch.float16"),
@@ -199,7 +199,7 @@ def test_experts_by_quack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quack_is_imported_for_what_it_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "quack", None)  # an import of it fails
-    assert "these are of FP8" in str(QUACK.supports(experts, block(recipe="current")))
+    assert "not of FP8: these are" in str(QUACK.supports(experts, block(recipe="current")))
     reason = str(QUACK.supports(experts, block()))
     assert reason.startswith("it needs the package quack, whose import fails: ")
     _, left_out = takers(experts, block())

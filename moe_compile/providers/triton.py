@@ -1,0 +1,53 @@
+"""Experts by kernels of our own, in Triton, which comes with torch for CUDA."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_compile import ops
+from moe_compile.kernels.gathered_products import NAME
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.expert_blocks import block_of, block_problem
+from moe_compile.providers.provider import Call, Lacks
+from moe_compile.rewrite.refuse import Refuse
+
+
+@dataclass(frozen=True)
+class TritonProvider:
+    """Products that gather the tokens' rows while they multiply, as custom ops."""
+
+    name: str = NAME
+    package: str | None = None
+
+    def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
+        """Refuse what its kernels do not compute, with the reason."""
+        if op is not ops.experts:
+            return Lacks(f"triton has no implementation of {op.name}")
+        arguments = call.arguments(op)
+        device = arguments["x"].device
+        if device.type != "cuda":
+            return Lacks(f"triton takes tensors on cuda: got {device.type}")
+        dtypes = torch.bfloat16, torch.float16
+        problem = block_problem(arguments, dtypes) or _device_problem(device)
+        return None if problem is None else Refuse(problem)
+
+    def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
+        """Where it is chosen, it was faster."""
+        return None
+
+    def implementation(self, op: CanonicalOp[..., Any]) -> Callable[..., Any]:
+        """The implementation of `op`."""
+        assert op is ops.experts
+        return block_of(NAME)
+
+
+def _device_problem(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not there; install torch for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return f"its tiles are for compute capability 8.0 or more: got {'.'.join(map(str, capability))}"

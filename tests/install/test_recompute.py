@@ -107,7 +107,7 @@ def test_every_operator_of_ours_that_is_kept_exists() -> None:
     for package in ("kernels.expert_rows", "providers.registry"):
         importlib.import_module(f"moe_compile.{package}")
     own = [name.split("::")[1] for name in KEPT["selective"] if name.startswith("moe_compile::")]
-    assert len(own) == 7 + 3 * len(("dispatch", "combine")) * len(("", "start", "wait"))
+    assert len(own) == 8 + 3 * len(("dispatch", "combine")) * len(("", "start", "wait"))
     assert [name for name in own if not hasattr(torch.ops.moe_compile, name)] == []
 
 

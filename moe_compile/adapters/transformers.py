@@ -150,6 +150,13 @@ def head(model: nn.Module) -> tuple[str, nn.Module | None]:
     return names.get(id(own), ""), own
 
 
+def token_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The table of a language model's tokens; None where none is known, or it is no plain one."""
+    base: Any = base_model(model) if is_pretrained(model) else None
+    own = None if base is None else base.get_input_embeddings()
+    return own if type(own) is nn.Embedding else None
+
+
 def attention_kind(model: nn.Module) -> str | None:
     """The name of the model's attention among transformers'; None for another kind of model."""
     config: Any = base_model(model).config if is_pretrained(model) else None

@@ -63,14 +63,17 @@ def _shard_one(owner: nn.Module, name: str, mesh: DeviceMesh, device: torch.devi
     path, _, leaf = name.rpartition(".")
     module = owner.get_submodule(path)
     full: nn.Parameter = getattr(module, leaf)
-    shard = nn.Parameter(_distribute(full.detach(), mesh, device), full.requires_grad)
+    placements = placements_of(full, mesh)
+    shard = nn.Parameter(distribute(full.detach(), mesh, placements, device), full.requires_grad)
     vars(shard).update(vars(full))
     module.register_parameter(leaf, shard)
     return shard
 
 
-def _distribute(full: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
-    placements = placements_of(full, mesh)
+def distribute(
+    full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], device: torch.device
+) -> DTensor:
+    """This rank's part of a tensor that every rank has, on its device; meta stays meta."""
     local = local_part(full, mesh, placements)
     target = full.device if full.is_meta else device
     own = torch.empty(local.shape, dtype=full.dtype, device=target).copy_(local)

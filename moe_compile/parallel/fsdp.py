@@ -1,4 +1,4 @@
-"""Everything but the experts, over all ranks: `fully_shard` for each layer, and for the rest.
+"""All that is not placed otherwise, over all ranks: `fully_shard` for each layer, and for the rest.
 
 FSDP2 averages gradients over its ranks, which is the mean of the ranks' losses.
 """
@@ -19,11 +19,11 @@ from moe_compile.parallel.layout import Layout
 def shard_data_parallel(
     model: nn.Module,
     names: list[str],
-    experts: set[nn.Parameter],
+    placed: set[nn.Parameter],
     layout: Layout,
     config: OptimizeConfig,
 ) -> None:
-    """Applies FSDP2 to the named layers and the model; `experts` are left to their own ranks."""
+    """Applies FSDP2 to the named layers and the model; `placed` are on their ranks already."""
     if config.fsdp is False:
         move(model, layout.device)
         return
@@ -31,7 +31,7 @@ def shard_data_parallel(
     lists = {model.get_submodule(name): name.rpartition(".")[0] for name in names}
     units = joined_in_a_row(joined_by_ties(list(lists)), lists, config.layers_per_unit)
     for modules in (*units, [model]):
-        fully_shard(modules, mesh=layout.data, ignored_params=experts, **options)
+        fully_shard(modules, mesh=layout.data, ignored_params=placed, **options)
 
 
 def joined_in_a_row(

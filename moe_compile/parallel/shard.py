@@ -1,12 +1,20 @@
-"""Spreads an optimized model over its ranks: experts to their owners, the rest by FSDP2."""
+"""Spreads an optimized model over its ranks.
+
+Experts go to their owners, the rows of the token embedding where the tokens of a rank are bounded,
+and the rest by FSDP2.
+"""
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from moe_compile.adapters.accelerate import mark_prepared
+from moe_compile.adapters.transformers import token_embedding
 from moe_compile.capture.group import Group
 from moe_compile.config import OptimizeConfig
 from moe_compile.install.sites import Installation
+from moe_compile.parallel.embedding import shard_embedding, should_stay
 from moe_compile.parallel.experts import shard_experts
 from moe_compile.parallel.fsdp import shard_data_parallel
 from moe_compile.parallel.guard import forbid_additions
@@ -36,9 +44,23 @@ def shard(
     if experts:
         # How many rows arrive is known only when they do.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    placed = experts | _rows_of_the_embedding(model, layout, config)
     layers = set(layer_names(groups))  # of kinds, not in the order in which they run
     names = [name for name, _ in model.named_modules() if name in layers]
-    shard_data_parallel(model, names, experts, layout, config)
+    shard_data_parallel(model, names, placed, layout, config)
     watch(model, names)
     forbid_additions(model)
     mark_prepared(model)
+
+
+def _rows_of_the_embedding(
+    model: nn.Module, layout: Layout, config: OptimizeConfig
+) -> set[nn.Parameter]:
+    """The token embedding's table, if FSDP2 can be spared it."""
+    embedding, most = token_embedding(model), config.max_tokens_per_rank
+    by_fsdp = isinstance(config.fsdp, Mapping) and "offload_policy" in config.fsdp
+    if most is None or config.fsdp is False or by_fsdp or embedding is None:
+        return set()
+    if not should_stay(model, embedding, layout, most):
+        return set()
+    return {shard_embedding(embedding, layout, most)}

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -85,6 +86,31 @@ def check_equal(values: Values, references: Values) -> None:
     assert values.keys() == references.keys()
     wrong = {n: error(v, references[n]) for n, v in values.items()}
     assert {n: e for n, e in wrong.items() if not e < 1e-5} == {}
+
+
+def with_forward(model: Any, forward: Callable[..., Tensor], rank: int) -> Tensor:
+    """The loss of another forward of the model."""
+    model.forward = MethodType(forward, model)
+    try:
+        loss: Tensor = model(**call_of(rank))
+    finally:
+        del model.forward
+    return loss
+
+
+def check_gradients(model: Any, reference: Any, loss: Callable[[Any, int], Tensor]) -> None:
+    """Those of a loss of every rank's own data against the mean of one process's."""
+
+    def gradients(each: Any, rank: int) -> dict[str, Tensor]:
+        each.zero_grad()
+        loss(each, rank).backward()
+        return {n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None}
+
+    found = gathered(gradients(model, dist.get_rank()))
+    every = [gradients(reference, rank) for rank in range(dist.get_world_size())]
+    assert found.keys() == every[0].keys()
+    for name, value in found.items():
+        assert error(value, torch.stack([each[name] for each in every]).mean(0)) < 1e-5, name
 
 
 def both(mesh: str, model: Any, config: OptimizeConfig | None = None) -> tuple[Any, Any]:

@@ -1,7 +1,5 @@
 """What becomes of all that is no expert."""
 
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,8 +14,15 @@ import moe_compile
 from moe_compile import OptimizeConfig
 from moe_compile.install.deferred_logits import DeferredLogits
 from moe_compile.parallel.fsdp import joined_in_a_row
-from tests.pairs import error
-from tests.parallel.models import EXPERTS_ONLY, both, call_of, check_step, gathered, small
+from tests.parallel.models import (
+    EXPERTS_ONLY,
+    both,
+    call_of,
+    check_gradients,
+    check_step,
+    small,
+    with_forward,
+)
 from tests.ranks import on_ranks
 
 
@@ -99,29 +104,6 @@ def of_a_detached_call(model: Any, rank: int) -> torch.Tensor:
         return sum(F.cross_entropy(each, labels) for each in logits)  # type: ignore[return-value]
 
     return with_forward(model, forward, rank)
-
-
-def with_forward(model: Any, forward: Callable[..., torch.Tensor], rank: int) -> torch.Tensor:
-    """The loss of another forward of the model."""
-    model.forward = MethodType(forward, model)
-    try:
-        loss: torch.Tensor = model(**call_of(rank))
-    finally:
-        del model.forward
-    return loss
-
-
-def check_gradients(model: Any, reference: Any, loss: Callable[[Any, int], torch.Tensor]) -> None:
-    def gradients(each: Any, rank: int) -> dict[str, torch.Tensor]:
-        each.zero_grad()
-        loss(each, rank).backward()
-        return {n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None}
-
-    found = gathered(gradients(model, dist.get_rank()))
-    every = [gradients(reference, rank) for rank in range(dist.get_world_size())]
-    assert found.keys() == every[0].keys()
-    for name, value in found.items():
-        assert error(value, torch.stack([each[name] for each in every]).mean(0)) < 1e-5, name
 
 
 def alone() -> None:

@@ -14,6 +14,9 @@ from moe_compile.providers.expert_blocks import block_of, block_problem
 from moe_compile.providers.provider import Call, Lacks
 from moe_compile.rewrite.refuse import Refuse
 
+_SHARED_MEMORY = 160 * 1024
+"""What an A100 has, and all later GPUs for servers; other ones have less than the tiles take."""
+
 
 @dataclass(frozen=True)
 class TritonProvider:
@@ -47,7 +50,7 @@ class TritonProvider:
 def _device_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton, which is not there; install torch for CUDA"
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    if memory >= _SHARED_MEMORY:
         return None
-    return f"its tiles are for compute capability 8.0 or more: got {'.'.join(map(str, capability))}"
+    return f"its tiles take {_SHARED_MEMORY} bytes of a multiprocessor's memory: got {memory}"

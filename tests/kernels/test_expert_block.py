@@ -123,8 +123,8 @@ def test_what_is_weighed_is_not_kept(products: str, tokens: int) -> None:
         torch.testing.assert_close(value, right)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_block_keeps_its_tokens_and_its_preactivation(products: str, backend: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_keeps_its_tokens_and_its_preactivation(products: str, compiled: bool) -> None:
     """Eight picks of a token would be eight rows of it; a compiler may not keep them either."""
     torch.compiler.reset()
     key = key_of_swiglu()
@@ -147,10 +147,10 @@ def test_a_block_keeps_its_tokens_and_its_preactivation(products: str, backend: 
             kept[t.data_ptr()] = t.numel()
         return t
 
-    run = torch.compile(block, fullgraph=True, backend=backend)
+    run = torch.compile(block, fullgraph=True) if compiled else block
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = run(x, ids, weights, up, down)
     given = {t.data_ptr() for t in (weights, up, down)}
     numbers = sum(count for pointer, count in kept.items() if pointer not in given)
-    assert numbers <= tokens * (H + picks * (before + 1))
+    assert 0 <= numbers - tokens * (H + picks * before) <= tokens * picks
     out.sum().backward()

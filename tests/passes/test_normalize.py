@@ -187,7 +187,8 @@ LINKS: dict[str, Function] = {
     "minus": lambda x: 1 - x,
     "rsub": lambda x: torch.rsub(x, x.cos()),
     "contiguous": lambda x: x.mT.contiguous().mT,
-    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    # Of ones and zeros: in other strides, which a copy may have had, sums have another order.
+    "mean": lambda x: x - (x > 0).type_as(x).mean(-1, keepdim=True),
     "stack": lambda x: torch.stack((x, x.cos()), -1).amax(-1),
     "unsqueeze": lambda x: x.unsqueeze(-2).expand(-1, -1, 2, -1).sum(-2),
     "clip": lambda x: x.clip(max=0.75),

@@ -60,8 +60,8 @@ class OptimizeConfig:
             which of them, and why it could not be DeepEP.
         max_tokens_per_rank: promises that no rank brings more tokens to a layer in one call,
             padding included. DeepEP then does not wait for the device, and has this many rows for
-            every rank; and a large token embedding's rows stay on their ranks, where FSDP2 would
-            gather the table. A call that breaks it is a `ValueError`.
+            every rank; and a large token embedding, which all ranks must then call equally often,
+            keeps its rows on their ranks. A call that breaks the promise is a `ValueError`.
         providers: `"auto"`, the fastest; or canonical op name -> the provider that must implement
             it.
         measure: time the providers of an op where several take a call, and choose the fastest;

@@ -152,8 +152,13 @@ def head(model: nn.Module) -> tuple[str, nn.Module | None]:
 
 def token_embedding(model: nn.Module) -> nn.Embedding | None:
     """The table of a language model's tokens; None where none is known, or it is no plain one."""
-    base: Any = base_model(model) if is_pretrained(model) else None
-    own = None if base is None else base.get_input_embeddings()
+    if not is_pretrained(model):
+        return None
+    base: Any = base_model(model)
+    try:
+        own = base.get_input_embeddings()
+    except NotImplementedError:  # what has no tokens, as a model of images
+        return None
     return own if type(own) is nn.Embedding else None
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from moe_compile.install.forward import bind
-from moe_compile.parallel.experts import distribute, scale_gradient
+from moe_compile.parallel.experts import distribute
 from moe_compile.parallel.layout import Layout
 
 _NOBODY = -1
@@ -32,15 +32,15 @@ def should_stay(model: nn.Module, embedding: nn.Embedding, layout: Layout, most:
     """Whether the rows of a model's token embedding should stay on their ranks.
 
     They are of a table that nothing else in the model has, more than what all ranks ask for; and
-    no more is done to them and their gradients than `nn.Embedding` does by default.
+    no more is done to them and their gradients than `nn.Embedding` does by default. Without experts
+    to share out, no rank depends on how often another calls what: it stays so.
     """
     special = embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq
     homes = [p for _, p in model.named_parameters(remove_duplicate=False) if p is embedding.weight]
-    names = layout.data.mesh_dim_names or ()
-    if special or len(homes) > 1 or "forward" in vars(embedding) or "dp_shard" not in names:
+    if special or len(homes) > 1 or "forward" in vars(embedding) or layout.experts is None:
         return False
-    ranks, rows = layout.data.size(names.index("dp_shard")), embedding.num_embeddings
-    every_rank_has_one = _rows_of_a_rank(embedding, ranks) * (ranks - 1) < rows
+    rows, ranks = embedding.weight.shape[0], layout.data["dp_shard"].size()
+    every_rank_has_one = _rows_of_a_rank(rows, ranks) * (ranks - 1) < rows
     return every_rank_has_one and most * ranks < rows
 
 
@@ -73,30 +73,37 @@ def _forward_for(layout: Layout, most: int) -> Callable[..., Tensor]:
     grads = [Shard(0) if name == "dp_shard" else Partial() for name in names]
 
     def forward(self: nn.Embedding, input: Tensor) -> Tensor:
-        count = input.numel()
-        if count > most:
-            raise ValueError(
-                f"the embedding got {count} ids on one rank; it takes up to {most}, which "
-                "OptimizeConfig.max_tokens_per_rank promised; optimize the model with a larger "
-                "number, or without one, or make the batch smaller"
-            )
-        ids = _checked(input.flatten(), self.num_embeddings)
+        _check(input, most)
         weight: Any = self.weight
         own = weight.redistribute(placements=weight.placements).to_local(grad_placements=grads)
-        first = mesh.get_local_rank() * _rows_of_a_rank(self, mesh.size())
-        padded = F.pad(ids, (0, most - count), value=_NOBODY)
-        rows: Tensor = _Lookup.apply(padded, own, first, self.padding_idx, mesh)
-        return scale_gradient(rows[:count], 1 / layout.ranks).view(*input.shape, own.shape[1])
+        first = mesh.get_local_rank() * _rows_of_a_rank(weight.shape[0], mesh.size())
+        ids = _in_table(input.flatten().long(), weight.shape[0])
+        told = most, first, self.padding_idx, layout.ranks, mesh
+        rows: Tensor = _Lookup.apply(ids, own, *told)
+        return rows.view(*input.shape, own.shape[1])
 
     return forward
 
 
-def _rows_of_a_rank(embedding: nn.Embedding, ranks: int) -> int:
+def _rows_of_a_rank(rows: int, ranks: int) -> int:
     """All but the last have so many."""
-    return -(-embedding.num_embeddings // ranks)
+    return -(-rows // ranks)
 
 
-def _checked(ids: Tensor, rows: int) -> Tensor:
+def _check(ids: Tensor, most: int) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"the embedding got ids of {ids.dtype}; it takes torch.int64 or torch.int32; cast them"
+        )
+    if ids.numel() > most:
+        raise ValueError(
+            f"the embedding got {ids.numel()} ids on one rank; it takes up to {most}, which "
+            "OptimizeConfig.max_tokens_per_rank promised; optimize the model with a larger "
+            "number, or without one, or make the batch smaller"
+        )
+
+
+def _in_table(ids: Tensor, rows: int) -> Tensor:
     torch.ops.aten._assert_async.msg(
         ((ids >= 0) & (ids < rows)).all(), f"an id is not in the embedding's table of {rows} rows"
     )
@@ -104,37 +111,50 @@ def _checked(ids: Tensor, rows: int) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows [N, H] of ids [N]; `own` [V / ranks, H] are a rank's rows of the table, from `first`."""
+    """Rows [T, H] of ids [T], for T up to `most`; gradients are divided by `ranks`.
+
+    own: [V / ranks, H], a rank's rows of the table, from `first` on.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         ids: Tensor,
         own: Tensor,
+        most: int,
         first: int,
         padding: int | None,
+        ranks: int,
         mesh: DeviceMesh,
     ) -> Tensor:
-        every, count = _of_all_ranks(ids, mesh), own.shape[0]
+        every = _of_all_ranks(_padded(ids, most, _NOBODY), mesh)
+        count = own.shape[0]
         is_own = (every >= first) & (every < first + count)
         found = F.embedding(torch.where(is_own, every - first, 0), own)
         found.masked_fill_(~is_own[:, None], 0)
         if padding is not None:
             is_own &= every != padding
-        ctx.mesh, ctx.count = mesh, count
+        ctx.most, ctx.count, ctx.ranks, ctx.mesh = most, count, ranks, mesh
         ctx.save_for_backward(torch.where(is_own, every - first, count))
         parts = DTensor.from_local(found, mesh, [Partial()], run_check=False)
-        return parts.redistribute(placements=[Shard(0)]).to_local()
+        rows = parts.redistribute(placements=[Shard(0)]).to_local()
+        return rows if ids.shape[0] == most else rows[: ids.shape[0]].clone()  # to be written to
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients of rows that are not here go to a row too many."""
         (places,), count = ctx.saved_tensors, ctx.count
-        every = _of_all_ranks(grads[0], ctx.mesh)
+        every = _of_all_ranks(_padded(grads[0] / ctx.ranks, ctx.most, 0), ctx.mesh)
         sums = torch.ops.aten.embedding_dense_backward(every, places, count + 1, count, False)
-        return None, sums[:count], None, None, None
+        return None, sums[:count], *[None] * 5
+
+
+def _padded(rows: Tensor, most: int, value: int) -> Tensor:
+    """rows [T, ...], with more of `value` up to `most`."""
+    more = most - rows.shape[0]
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, more), value=value) if more else rows
 
 
 def _of_all_ranks(rows: Tensor, mesh: DeviceMesh) -> Tensor:
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False).full_tensor()
+    return DTensor.from_local(rows.contiguous(), mesh, [Shard(0)], run_check=False).full_tensor()

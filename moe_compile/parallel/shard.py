@@ -57,10 +57,11 @@ def _rows_of_the_embedding(
     model: nn.Module, layout: Layout, config: OptimizeConfig
 ) -> set[nn.Parameter]:
     """The token embedding's table, if FSDP2 can be spared it."""
-    embedding, most = token_embedding(model), config.max_tokens_per_rank
+    most = config.max_tokens_per_rank
     by_fsdp = isinstance(config.fsdp, Mapping) and "offload_policy" in config.fsdp
-    if most is None or config.fsdp is False or by_fsdp or embedding is None:
+    if most is None or config.fsdp is False or by_fsdp:
         return set()
-    if not should_stay(model, embedding, layout, most):
+    embedding = token_embedding(model)
+    if embedding is None or not should_stay(model, embedding, layout, most):
         return set()
     return {shard_embedding(embedding, layout, most)}

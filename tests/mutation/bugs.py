@@ -13,11 +13,13 @@ NORMAL_FORM = "moe_compile/rewrite/normal_form.py"
 ALL_TO_ALL = "moe_compile/kernels/all_to_all.py"
 ROWS = "moe_compile/kernels/expert_rows.py"
 SHARDS = "moe_compile/parallel/experts.py"
+EMBEDDING = "moe_compile/parallel/embedding.py"
 PLACING = "moe_compile/passes/dispatch_experts.py"
 
 MESHES = "tests/parallel/test_meshes.py"
 EXCHANGE = "tests/kernels/test_all_to_all.py"
 FORWARD = "tests/install/test_forward.py"
+ROWS_THAT_STAY = "tests/parallel/test_embedding.py"
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,20 @@ BUGS = (
         "(ids >= 0).sum() <= most",
         "(ids >= 0).sum() >= 0",
         ("tests/parallel/test_limits.py",),
+    ),
+    Bug(
+        "the gradient of an embedding's rows is the sum of the ranks', not their mean",
+        EMBEDDING,
+        "grads[0] / ctx.ranks",
+        "grads[0]",
+        (ROWS_THAT_STAY,),
+    ),
+    Bug(
+        "replicas of an embedding's rows do not sum their gradients",
+        EMBEDDING,
+        "else Partial() for name in names]",
+        "else Replicate() for name in names]",
+        (ROWS_THAT_STAY,),
     ),
     Bug(
         "ranks that share experts do not sum their gradients",

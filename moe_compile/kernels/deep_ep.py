@@ -63,11 +63,11 @@ def destroy_buffers() -> None:
         BUFFERS.popitem()[1].destroy()
 
 
-def check_bound(tokens: int, max_tokens: int | None) -> None:
+def check_bound(tokens: int, max_tokens: int | None, what: str = "a layer of experts") -> None:
     """Refuses more tokens than were promised, before any rank writes behind its rows."""
     if max_tokens is not None and tokens > max_tokens:
         raise ValueError(
-            f"a layer of experts got {tokens} tokens from one rank; it takes up to {max_tokens}, "
+            f"{what} got {tokens} tokens from one rank; it takes up to {max_tokens}, "
             "which OptimizeConfig.max_tokens_per_rank promised; optimize the model with a larger "
             "number, or without one, or make the batch smaller"
         )

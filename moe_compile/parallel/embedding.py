@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from moe_compile.install.forward import bind
+from moe_compile.kernels.deep_ep import check_bound
 from moe_compile.parallel.experts import distribute
 from moe_compile.parallel.layout import Layout
 
@@ -95,12 +96,7 @@ def _check(ids: Tensor, most: int) -> None:
         raise ValueError(
             f"the embedding got ids of {ids.dtype}; it takes torch.int64 or torch.int32; cast them"
         )
-    if ids.numel() > most:
-        raise ValueError(
-            f"the embedding got {ids.numel()} ids on one rank; it takes up to {most}, which "
-            "OptimizeConfig.max_tokens_per_rank promised; optimize the model with a larger "
-            "number, or without one, or make the batch smaller"
-        )
+    check_bound(ids.numel(), most, "the embedding")
 
 
 def _in_table(ids: Tensor, rows: int) -> Tensor:

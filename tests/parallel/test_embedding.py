@@ -113,7 +113,9 @@ def bad_input() -> None:
     """More ids than were promised, and ids that are in no table, are errors."""
     model, _ = both("ep", small(), BOUND)
     ids = torch.ones(3, 14, dtype=torch.int64)
-    with pytest.raises(ValueError, match="the embedding got 42 ids on one rank; it takes up to 40"):
+    with pytest.raises(
+        ValueError, match="the embedding got 42 tokens from one rank; it takes up to 40"
+    ):
         model(input_ids=ids)
     with pytest.raises(ValueError, match=r"ids of torch\.uint8; it takes"):
         model(input_ids=ids[:1].to(torch.uint8))

@@ -272,8 +272,10 @@ def check_model(emulator: str) -> None:
 
 def check_bound(model: Any) -> None:
     """Of more tokens than were promised, no rank sends any."""
-    with pytest.raises(ValueError, match=r"got 17 tokens .*max_tokens_per_rank"):
-        model(**inputs(batch=1, length=17))
+    rows = torch.zeros(1, 17, model.config.hidden_size, dtype=BF16)
+    for call in (inputs(batch=1, length=17), {"inputs_embeds": rows, "use_cache": False}):
+        with pytest.raises(ValueError, match=r"got 17 tokens .*max_tokens_per_rank"):
+            model(**call)
 
 
 def check_report(model: Any, name: str, reason: str | None) -> None:

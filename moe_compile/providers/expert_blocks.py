@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compile import ops
 from moe_compile.kernels.expert_block import sum_of_experts
+from moe_compile.ops.canonical import CanonicalOp
+from moe_compile.providers.provider import Call, Lacks
+from moe_compile.rewrite.refuse import Refuse
 
 
 def block_of(products: str) -> Callable[..., Tensor]:
@@ -26,6 +30,23 @@ def _experts(
 ) -> Tensor:
     """What the named options ask for is refused."""
     return sum_of_experts(products, *given, **options)
+
+
+def block_refusal(
+    name: str,
+    op: CanonicalOp[..., Any],
+    call: Call,
+    problem: Callable[[dict[str, Any], torch.device], str | None],
+) -> Refuse | None:
+    """What a provider of blocks on CUDA says of a call; `problem` is why it takes none like it."""
+    if op is not ops.experts:
+        return Lacks(f"{name} has no implementation of {op.name}")
+    arguments = call.arguments(op)
+    device = arguments["x"].device
+    if device.type != "cuda":
+        return Lacks(f"{name} takes tensors on cuda: got {device.type}")
+    found = problem(arguments, device)
+    return None if found is None else Refuse(found)
 
 
 def block_problem(arguments: dict[str, Any], dtypes: Collection[torch.dtype]) -> str | None:

@@ -14,8 +14,8 @@ import torch
 from moe_compile import ops
 from moe_compile.kernels.quack import NAME, library
 from moe_compile.ops.canonical import CanonicalOp
-from moe_compile.providers.expert_blocks import block_of, block_problem
-from moe_compile.providers.provider import Call, Lacks
+from moe_compile.providers.expert_blocks import block_of, block_problem, block_refusal
+from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
 
 _ALIGNED = 8
@@ -31,19 +31,7 @@ class QuackProvider:
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse what its kernels do not compute, with the reason."""
-        if op is not ops.experts:
-            return Lacks(f"quack has no implementation of {op.name}")
-        arguments = call.arguments(op)
-        device = arguments["x"].device
-        if device.type != "cuda":
-            return Lacks(f"quack takes tensors on cuda: got {device.type}")
-        problem = (
-            block_problem(arguments, (torch.bfloat16,))
-            or _widths_problem(arguments)
-            or _import_problem()
-            or _device_problem(device)
-        )
-        return None if problem is None else Refuse(problem)
+        return block_refusal(self.name, op, call, _problem)
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
         """Where it is chosen, it was faster."""
@@ -53,6 +41,15 @@ class QuackProvider:
         """The implementation of `op`."""
         assert op is ops.experts
         return block_of(NAME)
+
+
+def _problem(arguments: dict[str, Any], device: torch.device) -> str | None:
+    return (
+        block_problem(arguments, (torch.bfloat16,))
+        or _widths_problem(arguments)
+        or _import_problem()
+        or _device_problem(device)
+    )
 
 
 def _widths_problem(arguments: dict[str, Any]) -> str | None:

@@ -10,8 +10,8 @@ import torch
 from moe_compile import ops
 from moe_compile.kernels.gathered_products import NAME
 from moe_compile.ops.canonical import CanonicalOp
-from moe_compile.providers.expert_blocks import block_of, block_problem
-from moe_compile.providers.provider import Call, Lacks
+from moe_compile.providers.expert_blocks import block_of, block_problem, block_refusal
+from moe_compile.providers.provider import Call
 from moe_compile.rewrite.refuse import Refuse
 
 _SHARED_MEMORY = 160 * 1024
@@ -27,15 +27,7 @@ class TritonProvider:
 
     def supports(self, op: CanonicalOp[..., Any], call: Call) -> Refuse | None:
         """Refuse what its kernels do not compute, with the reason."""
-        if op is not ops.experts:
-            return Lacks(f"triton has no implementation of {op.name}")
-        arguments = call.arguments(op)
-        device = arguments["x"].device
-        if device.type != "cuda":
-            return Lacks(f"triton takes tensors on cuda: got {device.type}")
-        dtypes = torch.bfloat16, torch.float16
-        problem = block_problem(arguments, dtypes) or _device_problem(device)
-        return None if problem is None else Refuse(problem)
+        return block_refusal(self.name, op, call, _problem)
 
     def keeps(self, op: CanonicalOp[..., Any]) -> str | None:
         """Where it is chosen, it was faster."""
@@ -45,6 +37,11 @@ class TritonProvider:
         """The implementation of `op`."""
         assert op is ops.experts
         return block_of(NAME)
+
+
+def _problem(arguments: dict[str, Any], device: torch.device) -> str | None:
+    dtypes = torch.bfloat16, torch.float16
+    return block_problem(arguments, dtypes) or _device_problem(device)
 
 
 def _device_problem(device: torch.device) -> str | None:
